@@ -1,0 +1,72 @@
+"""What can go wrong, as one tree.
+
+    FtrayError                  every error that ftray raises on purpose
+    ├── UserError               something the user wrote or pointed at; exit code 2
+    │   ├── ConfigError         a run file
+    │   ├── DataError           rows, files, formats
+    │   ├── ModelError          a base, a tokenizer, a method that does not fit it
+    │   └── ArtefactError       a commit, an adapter, a manifest
+    ├── RunError                a run that started and could not go on; exit code 3
+    └── RunStopped              a run that was asked to stop and committed first; exit code 75
+
+Every error says what is wrong, where, and what to change. All survive pickling with their fields, since they cross
+process borders inside Ray.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_RUN = 3
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: the same command goes on where this one left off."""
+
+
+class FtrayError(Exception):
+    """Base of all. `what` is the sentence, `where` the file, key or row, `hint` what to change."""
+
+    exit_code = EXIT_BUG
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.where, self.hint = what, where, hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n  → {self.hint}" if self.hint else text
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.what, self.where, self.hint)
+
+
+def _rebuild(kind: type[FtrayError], what: str, where: str | None, hint: str | None) -> FtrayError:
+    return kind(what, where=where, hint=hint)
+
+
+class UserError(FtrayError):
+    exit_code = EXIT_USER
+
+
+class ConfigError(UserError):
+    pass
+
+
+class DataError(UserError):
+    pass
+
+
+class ModelError(UserError):
+    pass
+
+
+class ArtefactError(UserError):
+    pass
+
+
+class RunError(FtrayError):
+    exit_code = EXIT_RUN
+
+
+class RunStopped(FtrayError):
+    exit_code = EXIT_STOPPED

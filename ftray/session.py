@@ -1,0 +1,69 @@
+"""One way to be connected to Ray. Ray is imported inside: this module costs nothing to import."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def in_a_job() -> bool:
+    """True inside `ray job submit`, or where RAY_ADDRESS names a cluster."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+@contextmanager
+def ray_session(*, verbose: bool = False, cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray: to the one this process has already, to the cluster that RAY_ADDRESS names, or to a local
+    Ray of its own that ends with the block.
+
+    A plain `ray.init()` would join any cluster it finds on the machine, so the address is always said. Ray's own
+    output is silenced unless `verbose`: what workers have to say reaches the user through our own channel.
+    """
+    if not verbose:
+        quiet_ray()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    here = os.getcwd()
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    options = {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "runtime_env": {"env_vars": {"PYTHONPATH": path} | _worker_environment(verbose)},
+    }
+    if in_a_job():
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **options)
+    else:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_ray() -> None:
+    """Set what must be set before Ray is imported so that it stays silent."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def _worker_environment(verbose: bool) -> dict[str, str]:
+    names = [n for n in os.environ if n.startswith(("RAY_TRAIN_", "RAY_DATA_", "FTRAY_", "HF_", "GLOO_", "NCCL_"))]
+    quiet = {} if verbose else {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {n: os.environ[n] for n in names} | {"TOKENIZERS_PARALLELISM": "false"} | quiet
