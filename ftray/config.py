@@ -36,9 +36,6 @@ class Model(Strict):
     that ships with ftray."""
     revision: str | None = None
     """Branch, tag or commit of a hub name; null: the default branch."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Storage of frozen weights that are not quantized. Trained weights are always fp32 (`train.precision` says what
-    they are computed in)."""
     random_weights: bool = False
     """True: the shape of `path` (its config.json) with fresh weights drawn from `seed`: pretraining and benchmarks."""
     trust_remote_code: bool = False
@@ -263,7 +260,8 @@ class Train(Strict):
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest norm of the whole gradient; null: no clipping."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """What forward and backward compute in. Trained weights and their optimizer state stay fp32."""
+    """What forward and backward compute in, and what frozen weights that are not quantized are held in. Trained weights
+    and their optimizer state stay fp32."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: activations of one block instead of all, for about a third more time."""
     evaluate_every: int | None = Field(None, ge=1)
@@ -331,6 +329,10 @@ class Run(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Run:
         train, workers = self.train, self.workers
+        if self.model.random_weights and not isinstance(self.method, Full):
+            raise ValueError(
+                f"model.random_weights with method {self.method.name!r} would adapt noise; use method `full` to pretrain"
+            )
         if train.batch_rows < workers.count:
             raise ValueError(
                 f"train.batch_rows {train.batch_rows} leaves some of {workers.count} workers without a row in every"
