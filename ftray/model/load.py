@@ -1,0 +1,135 @@
+"""Load a base: in bf16 or fp32, or its linear layers in NF4."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftray.config import QUANTIZED, Run
+from ftray.data.tokenizer import local_model_folder
+from ftray.errors import ModelError
+from ftray.manifest import sha256
+from ftray.model import attention
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NF4_OUT_MULTIPLE = 32
+"""bitsandbytes' CPU kernels assert `out_features % 32 == 0`."""
+NF4_BLOCK = 64
+
+
+def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[str]]:
+    """(the base on `device`, names of the linear layers that had to stay unquantized).
+
+    Trained from scratch (`model.random_weights`), weights are drawn from the run's seed. Full tuning holds weights in
+    fp32; otherwise the frozen base takes `train.precision`. Raises ModelError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    attention.register()
+    folder = local_model_folder(run.model)
+    dtype = torch.float32 if run.method.name == "full" else DTYPES[run.train.precision]
+    options: dict[str, Any] = {
+        "trust_remote_code": run.model.trust_remote_code,
+        "attn_implementation": attention.IMPLEMENTATION,
+        "dtype": dtype,
+    }
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no usable config.json: {_first_line(error)}", where=folder) from None
+    if run.model.random_weights:
+        torch.manual_seed(run.seed)
+        return AutoModelForCausalLM.from_config(config, **options).to(device), []
+
+    unquantized: list[str] = []
+    if isinstance(run.method, QUANTIZED):
+        unquantized = misfits(config, run.model.trust_remote_code)
+        options["quantization_config"] = _nf4(run, unquantized)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, device_map={"": device}, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the weights cannot be loaded: {_first_line(error)}", where=folder) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing, first {missing[:3]}: transformers would fill them with noise",
+            where=folder,
+            hint="use a complete folder, or model.random_weights: true to train from scratch",
+        )
+    model.config.use_cache = False
+    return model, unquantized
+
+
+def _nf4(run: Run, unquantized: list[str]):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=run.method.double_quantization,  # type: ignore[union-attr]
+        bnb_4bit_compute_dtype=DTYPES[run.train.precision],
+        llm_int8_skip_modules=["lm_head", *unquantized],
+    )
+
+
+def misfits(config: Any, trust_remote_code: bool = False) -> list[str]:
+    """Names of the linear layers, the output head aside, whose shape NF4 cannot hold. Builds the model without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and (module.out_features % NF4_OUT_MULTIPLE or module.in_features % NF4_BLOCK)
+    ]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, in which NF4 layers keep training mode.
+
+    In evaluation mode bitsandbytes repacks NF4 weights on CPUs with AVX512-BF16, and what reads them afterwards
+    (DoRA's norms, a backward pass) silently gets wrong values.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def base_digest(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 over config.json and every safetensors file of a model folder, in hexadecimal.
+
+    A file of the hub's cache is a link to a blob that is named by its SHA-256, which is then taken as it is.
+    """
+    digest = hashlib.sha256()
+    files = [p for p in Path(folder).iterdir() if p.name == "config.json" or p.suffix == ".safetensors"]
+    for path in sorted(files):
+        blob = path.resolve().name
+        known = path.is_symlink() and len(blob) == 64 and all(c in "0123456789abcdef" for c in blob)
+        digest.update(f"{path.name} {blob if known else sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

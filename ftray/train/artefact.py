@@ -1,0 +1,99 @@
+"""The artefact: what a run leaves for others. A PEFT adapter folder, or a transformers model folder, and `ftray.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftray import __version__
+from ftray.config import Full, Run
+from ftray.data.prepared import PreparedData
+from ftray.data.tokenizer import load_tokenizer, local_model_folder
+from ftray.errors import ArtefactError
+from ftray.manifest import describe_files, filesystem, is_local, join
+from ftray.model.load import DTYPES, base_digest
+from ftray.train.card import model_card
+
+FACTS = "ftray.json"
+
+
+def write_artefact(run: Run, model: Any, data: PreparedData, summary: dict[str, Any]) -> str:
+    """Write RUN/artefact whole and return its path; an older one is replaced. Raises ArtefactError if what was
+    trained is empty or not finite."""
+    _check(model)
+    target = join(run.folder, "artefact")
+    with tempfile.TemporaryDirectory(prefix="ftray-artefact-") as temporary:
+        stage = Path(temporary)
+        _save(run, model, stage)
+        (stage / "README.md").write_text(model_card(run, summary, data.facts), encoding="utf-8")
+        facts = artefact_facts(run, data, summary) | {"files": describe_files(stage)}
+        (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        _place(stage, target)
+    return target
+
+
+def _check(model: Any) -> None:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained or any(p.numel() == 0 for _, p in trained):
+        raise ArtefactError("nothing was trained, or it is empty on this worker; no artefact was written")
+    for name, p in trained:
+        if not torch.isfinite(p).all():
+            raise ArtefactError(f"{name} holds values that are not finite; no artefact was written")
+
+
+def _save(run: Run, model: Any, stage: Path) -> None:
+    if isinstance(run.method, Full):
+        kept = {p: p.data for p in model.parameters()}
+        try:
+            model.to(DTYPES[run.train.precision])
+            model.config.use_cache = True
+            model.save_pretrained(stage)
+        finally:
+            for p, data in kept.items():
+                p.data = data
+        load_tokenizer(run.model, run.data.chat_template).save_pretrained(stage)
+    else:
+        model.save_pretrained(stage)
+        (stage / "README.md").unlink(missing_ok=True)  # PEFT's; ours follows
+
+
+def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dict[str, Any]:
+    """What `ftray.json` says, the files' digests aside."""
+    base = None if run.model.random_weights else base_digest(local_model_folder(run.model))
+    return {
+        "format": 1,
+        "ftray": __version__,
+        "kind": "model" if isinstance(run.method, Full) else "adapter",
+        "base": {"path": run.model.path, "revision": run.model.revision, "sha256": base},
+        "method": run.method.model_dump(mode="json"),
+        "chat_template_sha256": data.facts.get("chat_template_hash"),
+        "tokenizer_sha256": data.facts.get("tokenizer_digest"),
+        "data_sha256": data.digest,
+        "run": run.dump(),
+        "step": summary["artefact_step"],
+        "metrics": {
+            key: summary[key] for key in ("base_loss", "best_loss", "final_loss", "target_tokens", "trainable_parameters")
+        },
+    }
+
+
+def _place(stage: Path, target: str) -> None:
+    fs, path = filesystem(target)
+    if is_local(target):
+        new = Path(path).with_name(f".artefact.{uuid.uuid4().hex[:8]}.part")
+        shutil.copytree(stage, new)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(new, path)
+        return
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
+    for name in sorted(names, key=lambda name: name == FACTS):  # the facts last: until then it does not count
+        fs.put_file(str(stage / name), f"{path}/{name}")

@@ -1,0 +1,192 @@
+"""Commits: what a run can go on from. A commit counts when its manifest is there; see `ftray.manifest`.
+
+    RUN/commits/step-00000200/  model.safetensors  optimizer.safetensors  state.json  manifest.json
+
+No file of it is pickled. On a local disk the whole folder appears by one rename; on an object store the manifest is
+written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ftray.errors import ArtefactError
+from ftray.manifest import MANIFEST, describe_files, filesystem, is_local, join, read_manifest, seal, verify
+
+_NAME = re.compile(r"^step-(\d{8})$")
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its tensors."""
+
+    step: int = 0
+    """Steps done, skipped ones included."""
+    cursor: int = 0
+    """Rows consumed."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    since_best: int = 0
+    """Evaluations since the best one."""
+    base_loss: float | None = None
+    final_loss: float | None = None
+    """Held-out loss of the last evaluation."""
+    evaluated_at: int | None = None
+    """Step of the last evaluation."""
+    last_loss: float | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    target_tokens: int = 0
+    train_seconds: float = 0.0
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl when this was committed: what stands behind it belongs to steps that were lost."""
+    finished: str | None = None
+    """Why the run ended, once it has."""
+
+
+@dataclass
+class Commit:
+    progress: Progress
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    optimizer_plain: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What must not change between a run's parts; see `ftray.train.identity`."""
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write(folder: str, commit: Commit) -> str:
+    """Write RUN/commits/step-N and return its path. An older folder of that name, damaged or not, is replaced."""
+    root = join(folder, "commits")
+    target = join(root, name_of(commit.progress.step))
+    if is_local(root):
+        local = Path(filesystem(root)[1])
+        local.mkdir(parents=True, exist_ok=True)
+        stage = local / f".{name_of(commit.progress.step)}.{uuid.uuid4().hex[:8]}.part"
+        try:
+            _write_files(stage, commit)
+            seal(stage, {"step": commit.progress.step})
+            _sync(stage)
+            _replace(stage, Path(filesystem(target)[1]))
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        return target
+    with tempfile.TemporaryDirectory(prefix="ftray-commit-") as temporary:
+        _write_files(Path(temporary), commit)
+        fs, path = filesystem(target)
+        if fs.exists(f"{path}/{MANIFEST}"):
+            fs.rm(f"{path}/{MANIFEST}")
+        files = describe_files(temporary)
+        for name in files:
+            fs.put_file(os.path.join(temporary, name), f"{path}/{name}")
+        seal(target, {"step": commit.progress.step}, files)
+    return target
+
+
+def _write_files(stage: Path, commit: Commit) -> None:
+    stage.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in commit.model.items()}, stage / "model.safetensors")
+    save_file(commit.optimizer, stage / "optimizer.safetensors")
+    state = {"progress": asdict(commit.progress), "optimizer": commit.optimizer_plain, "identity": commit.identity}
+    (stage / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(stage: Path, target: Path) -> None:
+    if target.exists():
+        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old.part")
+        os.rename(target, old)
+        os.rename(stage, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(stage, target)
+
+
+def steps_of(folder: str) -> list[int]:
+    """Steps that have a commit folder, whole or not, oldest first."""
+    fs, path = filesystem(join(folder, "commits"))
+    if not fs.exists(path):
+        return []
+    names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    return sorted(int(match[1]) for name in names if (match := _NAME.match(name)))
+
+
+def latest(folder: str, warn: Callable[[str], None]) -> Commit | None:
+    """The newest commit that verifies, or None. A damaged one is passed over with a warning."""
+    for step in reversed(steps_of(folder)):
+        where = join(folder, "commits", name_of(step))
+        try:
+            if read_manifest(where) is None:
+                continue  # litter of a crash: it never counted
+            return read(where)
+        except ArtefactError as error:
+            warn(f"commit {name_of(step)} is damaged and passed over: {error.what}")
+    return None
+
+
+def read(where: str) -> Commit:
+    """A verified commit. Raises ArtefactError."""
+    verify(where)
+    fs, path = filesystem(where)
+    with tempfile.TemporaryDirectory(prefix="ftray-commit-") as temporary:
+        root = Path(path)
+        if not is_local(where):
+            root = Path(temporary)
+            for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+                fs.get_file(f"{path}/{name}", str(root / name))
+        try:
+            state = json.loads((root / "state.json").read_text())
+            return Commit(
+                progress=Progress(**state["progress"]),
+                model=load_file(root / "model.safetensors"),
+                optimizer=load_file(root / "optimizer.safetensors"),
+                optimizer_plain=state["optimizer"],
+                identity=state["identity"],
+            )
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"it verifies but cannot be read: {error}", where=where) from None
+
+
+def to_keep(steps: Iterable[int], *, keep_last: int, best: int | None) -> set[int]:
+    """Which commits stay: the newest `keep_last` and the best."""
+    newest = sorted(steps)[-keep_last:]
+    return set(newest) | ({best} if best is not None else set())
+
+
+def prune(folder: str, *, keep_last: int, best: int | None) -> None:
+    """Remove the commits that need not stay, and on a local disk the litter of crashes."""
+    steps = steps_of(folder)
+    keep = to_keep(steps, keep_last=keep_last, best=best)
+    fs, root = filesystem(join(folder, "commits"))
+    for step in set(steps) - keep:
+        path = f"{root}/{name_of(step)}"
+        if fs.exists(f"{path}/{MANIFEST}"):
+            fs.rm(f"{path}/{MANIFEST}")  # first, so that a half-removed commit does not count
+        fs.rm(path, recursive=True)
+    if is_local(root):
+        for litter in Path(root).glob(".step-*.part"):
+            shutil.rmtree(litter, ignore_errors=True)

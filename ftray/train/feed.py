@@ -1,0 +1,61 @@
+"""The micro-batches of each step for one worker, made ready while the step before runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from ftray.data.order import Order, assign, step_range
+from ftray.data.prepared import Rows
+from ftray.train.batch import Batch, collate
+from ftray.train.world import World
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One step as one worker sees it."""
+
+    cursor: tuple[int, int]
+    """Rows consumed before and after the step, over all workers."""
+    micro_batches: list[Batch]
+    row_ids: list[np.ndarray]
+    """Row ids of each micro-batch."""
+    target_tokens: int
+    """Targets of the whole step, over all workers: what its loss is divided by."""
+    tokens: int
+    """Tokens of the whole step, over all workers, without padding."""
+
+
+class Feed:
+    def __init__(
+        self, rows: Rows, order: Order, world: World, *, batch_rows: int, micro_batch_rows: int, pad_id: int, packed: bool
+    ) -> None:
+        self.rows, self.order, self.world = rows, order, world
+        self.batch_rows, self.micro_batch_rows = batch_rows, micro_batch_rows
+        self.pad_id, self.packed = pad_id, packed
+
+    def steps(self, cursor: int, count: int) -> Iterator[StepRows]:
+        """The next `count` steps from `cursor` on."""
+        with ThreadPoolExecutor(1, thread_name_prefix="ftray-feed") as pool:
+            ahead = pool.submit(self.step_at, cursor) if count else None
+            for left in range(count - 1, -1, -1):
+                assert ahead is not None
+                step = ahead.result()
+                ahead = pool.submit(self.step_at, step.cursor[1]) if left else None
+                yield step
+
+    def step_at(self, cursor: int) -> StepRows:
+        start, stop = step_range(cursor, self.batch_rows, self.order.rows_per_epoch)
+        ids = self.order.rows(start, stop)
+        mine = assign(ids, self.rows.lengths[ids], self.world.size, self.micro_batch_rows)[self.world.rank]
+        batches = [collate([self.rows[int(i)] for i in micro], self.pad_id, packed=self.packed) for micro in mine]
+        return StepRows(
+            cursor=(start, stop),
+            micro_batches=[batch.to(self.world.device) for batch in batches],
+            row_ids=list(mine),
+            target_tokens=int(self.rows.target_counts[ids].sum()),
+            tokens=int(self.rows.lengths[ids].sum()),
+        )

@@ -1,0 +1,283 @@
+"""Start a run on Ray: prepare its rows, then the loop on Ray Train workers.
+
+Ray Train places, watches and restarts the workers. What a run goes on from are its own commits: Ray's checkpoints and
+the controller's snapshot are not used, so nothing of theirs can keep a run from starting again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ftray.config import Run
+from ftray.data.prepare import prepare
+from ftray.errors import FtrayError, RunError, RunStopped
+from ftray.manifest import join, write_text
+from ftray.session import ray_session
+
+Emit = Callable[[dict[str, Any]], None]
+_POLL_SECONDS = 0.2
+_PUSH_SECONDS = 0.2
+_FINAL = (TypeError, AttributeError, NameError, KeyError, ValueError, AssertionError, NotImplementedError, ImportError)
+"""Errors of the program, which come again however often a group of workers is started."""
+
+
+def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = False) -> dict[str, Any]:
+    """Run, or go on with, `run`; returns the summary, which is also RUN/summary.json.
+
+    `on_event` gets each event in this thread's process; setting `stop` makes the run commit and end. Raises RunStopped
+    after such a stop, RunError when the run could not go on, UserError for what the user can mend.
+    """
+    started = time.perf_counter()
+    with ray_session(verbose=verbose, cpus=local_cpus(run)):
+        write_text(join(run.folder, "run.yaml"), run.to_yaml())
+        data_uri = prepare(run, on_event)
+        if stop.is_set():
+            raise RunStopped("stopped before the first step", where=run.folder)
+        on_event({"kind": "status", "text": f"starting {workers_in_words(run)}"})
+        summary = _fit(run, data_uri, on_event, stop, verbose)
+    summary["wall_seconds"] = time.perf_counter() - started
+    import orjson
+
+    write_text(join(run.folder, "summary.json"), orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
+    if summary["reason"] == "stopped":
+        raise RunStopped(
+            f"stopped at step {summary['steps']:,}, which is committed", where=run.folder, hint="the same command goes on"
+        )
+    return summary
+
+
+def workers_in_words(run: Run) -> str:
+    return f"{run.workers.count} Ray Train worker{'s' if run.workers.count > 1 else ''}"
+
+
+def local_cpus(run: Run) -> int:
+    """Logical CPUs of a local Ray: this machine's, or more if the workers need a place each."""
+    return max(os.cpu_count() or 1, run.workers.count)
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose: bool) -> dict[str, Any]:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    board = ray.remote(num_cpus=0, max_restarts=0)(Board).remote()
+    resources, use_gpu = worker_resources(run)
+    with tempfile.TemporaryDirectory(prefix="ftray-ray-") as scratch:
+        trainer = TorchTrainer(
+            _worker_main,
+            train_loop_config={"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])},
+            scaling_config=ScalingConfig(run.workers.count, use_gpu=use_gpu, resources_per_worker=resources),
+            run_config=RunConfig(
+                name=f"{run.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=run.workers.retries),
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        )
+        with _relay(board, on_event, stop), _silent(not verbose):
+            try:
+                trainer.fit()
+            except Exception as error:  # noqa: BLE001 - what Ray raises has many types; the board knows the cause
+                failure = error
+            else:
+                failure = None
+    outcome = ray.get(board.outcome.remote())
+    if outcome["error"] is not None:
+        raise outcome["error"]
+    if outcome["summary"] is None:
+        raise _cause(failure, outcome["crashes"], run)
+    return outcome["summary"]
+
+
+def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
+    """(resources of one worker, whether it has GPUs), from the run file and what the cluster has."""
+    import ray
+
+    cluster = ray.cluster_resources()
+    gpus = run.workers.gpus
+    if gpus == "auto":
+        gpus = 1 if cluster.get("GPU", 0) >= run.workers.count else 0
+    cpus = run.workers.cpus
+    if cpus is None:
+        one_machine = len([n for n in ray.nodes() if n["Alive"]]) == 1
+        cpus = max(1, int(cluster.get("CPU", 1)) // run.workers.count) if one_machine and not gpus else 1
+    resources: dict[str, float] = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    for name, each in resources.items():
+        have = cluster.get(name, 0)
+        if each * run.workers.count > have:
+            raise RunError(
+                f"{run.workers.count} workers × {each:g} {name} = {each * run.workers.count:g}, the cluster has {have:g}",
+                where="workers",
+                hint="lower workers.count, or what each worker asks for",
+            )
+    return resources, gpus > 0
+
+
+def _worker_main(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs. Errors that a restart cannot mend go to the board and end the run; others go
+    to Ray Train, which starts the group again."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from ftray.data.prepared import PreparedData
+    from ftray.train.loop import train_worker
+    from ftray.train.world import World
+
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    torch.set_num_threads(max(1, config["threads"]))
+    channel = _BoardChannel(config["board"], world.rank)
+    try:
+        summary = train_worker(Run.model_validate(config["run"]), PreparedData.open(config["data"]), world, channel)
+    except FtrayError as error:
+        channel.fail(error)
+    except _FINAL as error:
+        channel.crash(traceback.format_exc())
+        channel.fail(RunError(f"a worker failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}"))
+    except BaseException:
+        channel.crash(traceback.format_exc())
+        raise
+    else:
+        channel.finish(summary if world.is_first else None)
+
+
+class Board:
+    """An actor between workers and driver: events one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._stop = False
+        self._error: Exception | None = None
+        self._summary: dict[str, Any] | None = None
+        self._crashes: list[str] = []
+
+    def push(self, events: list[dict[str, Any]]) -> bool:
+        self._events += events
+        return self._stop
+
+    def drain(self, stop: bool) -> list[dict[str, Any]]:
+        self._stop |= stop
+        events, self._events = self._events, []
+        return events
+
+    def fail(self, error: Exception) -> None:
+        self._error = self._error or error
+
+    def crash(self, text: str) -> None:
+        self._crashes.append(text)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._summary = summary
+
+    def outcome(self) -> dict[str, Any]:
+        return {"error": self._error, "summary": self._summary, "crashes": self._crashes}
+
+
+class _BoardChannel:
+    """A worker's end of the board: events go in batches, and no step waits for them."""
+
+    def __init__(self, board: Any, rank: int) -> None:
+        self._board, self._rank = board, rank
+        self._waiting: list[dict[str, Any]] = []
+        self._pushed_at = 0.0
+        self._answer: Any = None
+        self._stop = False
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self._waiting.append(event)
+        if event["kind"] != "step" or time.monotonic() - self._pushed_at >= _PUSH_SECONDS:
+            self._push()
+
+    def _push(self) -> None:
+        self._answer = self._board.push.remote(self._waiting)
+        self._waiting, self._pushed_at = [], time.monotonic()
+
+    def stop_requested(self) -> bool:
+        """Only rank 0 asks; the loop tells the others."""
+        import ray
+
+        if self._rank == 0 and self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop |= ray.get(self._answer)
+            self._answer = None
+        return self._stop
+
+    def finish(self, summary: dict[str, Any] | None) -> None:
+        import ray
+
+        if summary is not None:
+            ray.get([self._board.push.remote(self._waiting), self._board.finish.remote(summary)])
+
+    def fail(self, error: Exception) -> None:
+        import ray
+
+        ray.get([self._board.push.remote(self._waiting), self._board.fail.remote(error)])
+
+    def crash(self, text: str) -> None:
+        import ray
+
+        ray.get(self._board.crash.remote(f"worker {self._rank}\n{text}"))
+
+
+# -------------------------------------------------------------------------------------------------------------- driver
+
+
+@contextmanager
+def _relay(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
+    """Hand the board's events to `on_event`, and the wish to stop to the board, until the block ends."""
+    import ray
+
+    done = threading.Event()
+
+    def relay() -> None:
+        while True:
+            last = done.wait(_POLL_SECONDS)
+            for event in ray.get(board.drain.remote(stop.is_set())):
+                on_event(event)
+            if last:
+                return
+
+    thread = threading.Thread(target=relay, name="ftray-relay", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=30)
+
+
+@contextmanager
+def _silent(silent: bool) -> Iterator[None]:
+    """Keep what Ray Train's controller prints on the driver off the console."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("ray.train", "ray")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers if silent else []:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _cause(failure: BaseException | None, crashes: list[str], run: Run) -> RunError:
+    """The first real cause of a failed run, once."""
+    cause = crashes[0] if crashes else str(failure or "the workers ended without a word")
+    return RunError(
+        f"the run failed after {run.workers.retries} retries; its first cause:\n\n{cause.strip()}\n",
+        where=run.folder,
+        hint="the last commit is whole: the same command goes on from it",
+    )

@@ -1,0 +1,397 @@
+"""The loop: one story of one step, for every method. It runs on each Ray Train worker, and as well without Ray.
+
+A step takes the next rows of the order, adds up the gradients of their target tokens over micro-batches and workers,
+divides by the number of these tokens, clips, and moves the weights. Which rows, which rate and which dropout are pure
+functions of (seed, step), so a run that is taken up again goes exactly where it would have gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ftray.config import Run
+from ftray.data.order import Order, assign
+from ftray.data.prepared import PreparedData, Rows
+from ftray.data.tokenizer import load_tokenizer
+from ftray.errors import RunError
+from ftray.model.load import evaluating, load_base
+from ftray.model.methods import attach, load_trained_state, trained_state
+from ftray.train import commits
+from ftray.train.artefact import write_artefact
+from ftray.train.batch import collate
+from ftray.train.commits import Commit, Progress
+from ftray.train.feed import Feed, StepRows
+from ftray.train.identity import identity, refuse_other_run
+from ftray.train.loss import TargetLoss
+from ftray.train.metrics import MetricsLog
+from ftray.train.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_rate
+from ftray.train.schedule import rate_factor
+from ftray.train.world import World
+
+
+class Channel(Protocol):
+    """What a worker tells, and what it is asked."""
+
+    def emit(self, event: dict[str, Any]) -> None: ...
+    def stop_requested(self) -> bool: ...
+
+
+def total_steps(run: Run, rows_per_epoch: int) -> int:
+    """Optimizer steps of a run: as given, or its epochs times the steps of one (the last of each may be short)."""
+    if run.train.steps is not None:
+        return run.train.steps
+    assert run.train.epochs is not None
+    return max(1, math.ceil(run.train.epochs * math.ceil(rows_per_epoch / run.train.batch_rows)))
+
+
+def train_worker(run: Run, data: PreparedData, world: World, channel: Channel) -> dict[str, Any]:
+    """Train as one worker of `world`, from the newest commit on; returns the summary (every worker the same one).
+
+    Raises RunError when too many steps in a row had no finite loss, UserError for what the user can mend.
+    """
+    worker = _Worker(run, data, world, channel)
+    worker.resume()
+    worker.train()
+    return worker.finish()
+
+
+class _Worker:
+    """One worker's state; `train` is the loop."""
+
+    def __init__(self, run: Run, data: PreparedData, world: World, channel: Channel) -> None:
+        self.run, self.data, self.world, self.channel = run, data, world, channel
+        self.pad_id = load_tokenizer(run.model, run.data.chat_template).pad_token_id
+        self.identity = identity(run, self.data.digest)
+        # read before the model loads: a folder of another run is refused at once
+        self.found = commits.latest(run.folder, self.warn)
+        if self.found:
+            refuse_other_run(self.found.identity, self.identity, run.folder)
+        self._build()
+
+    def _build(self) -> None:
+        run, world, rows = self.run, self.world, self.data.train
+        base, self.unquantized = load_base(run, world.device)
+        self.model = attach(base, run)
+        if run.train.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.model, run.train)
+        self.objective = _distributed(TargetLoss(self.model), self.trained, world)
+        self.order = Order(run.seed, rows.sizes, rows.weights)
+        self.steps = total_steps(run, self.order.rows_per_epoch)
+        self.feed = Feed(
+            rows,
+            self.order,
+            world,
+            batch_rows=run.train.batch_rows,
+            micro_batch_rows=run.train.micro_batch_rows,
+            pad_id=self.pad_id,
+            packed=run.data.packing != "off",
+        )
+        self.progress = Progress()
+        self.committed: int | None = None
+
+    # ------------------------------------------------------------------------------------------------------- resuming
+
+    def resume(self) -> None:
+        """Go on from the commit that was found, if any."""
+        self.resumed_from: int | None = None
+        if self.found:
+            load_trained_state(self.model, self.found.model)
+            load_optimizer_state(self.optimizer, self.found.optimizer, self.found.optimizer_plain)
+            self.progress = self.found.progress
+            self.committed = self.resumed_from = self.progress.step
+        self.found = None
+        self.log = MetricsLog(self.run.folder, self.progress.metrics_bytes) if self.world.is_first else None
+        self.emit(
+            kind="start",
+            steps=self.steps,
+            step=self.progress.step,
+            batch_rows=self.run.train.batch_rows,
+            workers=self.world.size,
+            accumulation=-(-self.run.train.batch_rows // (self.world.size * self.run.train.micro_batch_rows)),
+            trainable_parameters=sum(p.numel() for p in self.trained),
+            parameters=parameter_count(self.model),
+            unquantized=self.unquantized,
+            device=str(self.world.device),
+        )
+        if self.resumed_from is not None:
+            self.emit(kind="resume", step=self.resumed_from)
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        progress, train = self.progress, self.run.train
+        upcoming = self.feed.steps(progress.cursor, self.steps - progress.step)
+        stop = False
+        with contextlib.closing(upcoming):  # type: ignore[type-var]
+            while not progress.finished:
+                if self._evaluation_due():
+                    self.evaluate()
+                if early := train.early_stopping:
+                    if progress.since_best >= early.patience:
+                        progress.finished = "early stopping"
+                if progress.step >= self.steps:
+                    progress.finished = "finished"
+                if progress.finished or stop or self._commit_due():
+                    self.commit()
+                if progress.finished or stop:
+                    break
+                stop = self.step(next(upcoming))
+
+    def step(self, rows: StepRows) -> bool:
+        """One optimizer step. True when the run was asked to stop."""
+        started = time.perf_counter()
+        progress, train = self.progress, self.run.train
+        rate = train.learning_rate * rate_factor(train.schedule, progress.step, self.steps)
+        set_rate(self.optimizer, rate)
+        losses = self._accumulate(rows)
+        norm = float(nn.utils.clip_grad_norm_(self.trained, train.clip_norm or math.inf))
+        loss_sum, stop = self.world.sum(sum(losses), float(self.channel.stop_requested()))
+        loss = loss_sum / rows.target_tokens
+        if finite := math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            progress.skipped_in_a_row = 0
+            progress.last_loss = loss
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.cursor = rows.cursor[1]
+        progress.target_tokens += rows.target_tokens
+        seconds = time.perf_counter() - started
+        progress.train_seconds += seconds
+        if not finite:
+            self._skip(rows, losses, loss, norm)
+        self.emit(
+            kind="step",
+            step=progress.step,
+            epoch=progress.cursor / self.order.rows_per_epoch,
+            cursor=list(rows.cursor),
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            target_tokens=rows.target_tokens,
+            tokens=rows.tokens,
+            seconds=seconds,
+            target_tokens_per_second=rows.target_tokens / seconds,
+            skipped=progress.skipped,
+            time=time.time(),
+        )
+        return stop > 0
+
+    def _accumulate(self, rows: StepRows) -> list[float]:
+        """Gradients of the step's mean loss, summed over micro-batches and workers; returns each micro-batch's loss."""
+        share = self.world.size / rows.target_tokens  # DDP divides by the number of workers
+        last, losses = len(rows.micro_batches) - 1, []
+        for i, batch in enumerate(rows.micro_batches):
+            torch.manual_seed(_mix(self.run.seed, self.progress.step, self.world.rank, i))  # dropout
+            local = contextlib.nullcontext() if i == last or self.world.size == 1 else self.objective.no_sync()
+            with local:
+                with self._autocast():
+                    loss = self.objective(batch)
+                (loss * share).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).tolist()
+
+    def _skip(self, rows: StepRows, losses: list[float], loss: float, norm: float) -> None:
+        """Count a step that changed nothing; raise RunError after too many in a row, naming the rows."""
+        progress = self.progress
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        bad = [ids for ids, value in zip(rows.row_ids, losses, strict=True) if not math.isfinite(value)]
+        names = self.world_gather([self.data.train.provenance(int(i)) for ids in (bad or rows.row_ids) for i in ids])
+        reason = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
+        self.emit(kind="skip", step=progress.step, rows=names, reason=reason)
+        if progress.skipped_in_a_row > self.run.train.max_skipped:
+            raise RunError(
+                f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient ({reason}); rows of the last"
+                f" one: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}",
+                where=f"step {progress.step}",
+                hint="look at these rows, lower train.learning_rate, or raise train.max_skipped; the last commit is whole",
+            )
+
+    def world_gather(self, names: list[str]) -> list[str]:
+        if self.world.size == 1:
+            return names
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, names)
+        return [name for part in gathered for name in part]
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def _evaluation_due(self) -> bool:
+        progress, every = self.progress, self.run.train.evaluate_every
+        if self.data.held_out is None or progress.evaluated_at == progress.step:
+            return False
+        at_ends = progress.step == 0 or progress.step >= self.steps
+        return at_ends or (every is not None and progress.step % every == 0)
+
+    def evaluate(self) -> None:
+        """Loss a target token on the held-out rows, over all workers; keeps track of the best."""
+        started, progress = time.perf_counter(), self.progress
+        assert self.data.held_out is not None
+        loss, targets = self._held_out_loss(self.data.held_out)
+        progress.evaluated_at = progress.step
+        if progress.step == 0:
+            progress.base_loss = loss
+        margin = self.run.train.early_stopping.min_improvement if self.run.train.early_stopping else 0.0
+        if progress.best_loss is None or loss < progress.best_loss - margin:
+            progress.best_loss, progress.best_step, progress.since_best = loss, progress.step, 0
+        else:
+            progress.since_best += 1
+        progress.final_loss = loss
+        self.emit(
+            kind="evaluation",
+            step=progress.step,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            target_tokens=targets,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _held_out_loss(self, rows: Rows) -> tuple[float, int]:
+        ids = np.arange(min(len(rows), self.run.train.evaluate_rows or len(rows)))
+        mine = assign(ids, rows.lengths[ids], self.world.size, self.run.train.micro_batch_rows)[self.world.rank]
+        total = 0.0
+        objective = self.objective.module if self.world.size > 1 else self.objective
+        with evaluating(self.model), self._autocast():
+            for micro in mine:
+                batch = collate([rows[int(i)] for i in micro], self.pad_id, packed=self.run.data.packing != "off")
+                total += float(objective(batch.to(self.world.device)))
+        (total,) = self.world.sum(total)
+        targets = int(rows.target_counts[ids].sum())
+        return total / targets, targets
+
+    # -------------------------------------------------------------------------------------------------------- commits
+
+    def _commit_due(self) -> bool:
+        progress, train = self.progress, self.run.train
+        if progress.step == 0 or self.committed == progress.step:
+            return False
+        if train.keep_best and progress.best_step == progress.step:
+            return True
+        if train.commit_every:
+            return progress.step % train.commit_every == 0
+        return progress.evaluated_at == progress.step
+
+    def commit(self) -> None:
+        """Write a commit, after every worker has come here; then remove those that need not stay."""
+        self.world.barrier()
+        if self.world.is_first:
+            assert self.log
+            self.progress.metrics_bytes = self.log.flush()
+            tensors, plain = optimizer_state(self.optimizer)
+            commit = Commit(self.progress, trained_state(self.model), tensors, plain, self.identity)
+            where = commits.write(self.run.folder, commit)
+            self.emit(kind="commit", step=self.progress.step, folder=where)
+            best = self.progress.best_step if self.run.train.keep_best else None
+            commits.prune(self.run.folder, keep_last=self.run.train.keep_last, best=best)
+        self.world.barrier()
+        self.committed = self.progress.step
+
+    # ------------------------------------------------------------------------------------------------------ finishing
+
+    def finish(self) -> dict[str, Any]:
+        """After the last step: the artefact, of the best commit or the last. Returns the summary."""
+        progress = self.progress
+        reason = progress.finished or "stopped"
+        summary = self._summary(reason)
+        if progress.finished and self.world.is_first:
+            step = progress.best_step if self.run.train.keep_best and progress.best_step else progress.step
+            if step != progress.step:
+                load_trained_state(self.model, commits.read(commits.join(self.run.folder, "commits", commits.name_of(step))).model)
+            summary["artefact_step"] = step
+            summary["artefact"] = write_artefact(self.run, self.model, self.data, summary)
+        self.emit(kind="end", reason=reason)
+        if self.log:
+            self.log.close()
+        self.world.barrier()
+        return summary
+
+    def _summary(self, reason: str) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "name": self.run.name,
+            "folder": self.run.folder,
+            "artefact": None,
+            "artefact_step": None,
+            "method": self.run.method.name,
+            "reason": reason,
+            "steps": progress.step,
+            "resumed_from": self.resumed_from,
+            "workers": self.world.size,
+            "seconds": progress.train_seconds,
+            "base_loss": progress.base_loss,
+            "final_loss": progress.final_loss,
+            "best_loss": progress.best_loss,
+            "best_step": progress.best_step,
+            "last_training_loss": progress.last_loss,
+            "trainable_parameters": sum(p.numel() for p in self.trained),
+            "parameters": parameter_count(self.model),
+            "target_tokens": progress.target_tokens,
+            "target_tokens_per_second": progress.target_tokens / max(progress.train_seconds, 1e-9),
+            "skipped_steps": progress.skipped,
+            "peak_memory_gib": peak_memory_gib(self.world.device),
+            "unquantized": self.unquantized,
+        }
+
+    # ---------------------------------------------------------------------------------------------------------- small
+
+    def emit(self, **event: Any) -> None:
+        if self.world.is_first:
+            if self.log:
+                self.log.write(event)
+            self.channel.emit(event)
+
+    def warn(self, text: str) -> None:
+        if self.world.is_first:
+            self.channel.emit({"kind": "warning", "text": text})
+
+    def _autocast(self):
+        enabled = self.run.train.precision == "bf16"
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _distributed(objective: nn.Module, trained: list[nn.Parameter], world: World) -> Any:
+    if world.size == 1:
+        return objective
+    for parameter in trained:  # drawn from one seed, but perhaps on unlike devices
+        world.from_first(parameter.data)
+    return nn.parallel.DistributedDataParallel(
+        objective,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        init_sync=False,  # the frozen base is the same file on every worker
+    )
+
+
+def _mix(*parts: int) -> int:
+    """A 63-bit seed of several small numbers, far apart for near ones."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, those of NF4 layers counted as what they stand for rather than as their packed bytes."""
+    total = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        total += math.prod(state.shape) if state is not None else p.numel()
+    return total
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this worker: of its GPU as torch counts it, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -1,0 +1,93 @@
+"""The loss of target tokens, without the logits of a whole batch.
+
+Hidden states of target positions alone go through the output head, a chunk at a time. Forward computes a chunk's logits,
+its loss and at once the gradient of both the hidden states and the head; then the logits are gone. So at most one chunk
+of [tokens × vocabulary] is held in fp32, once, whatever the batch. (The idea is that of Liger Kernel's fused linear
+cross-entropy, Hsu et al. 2024, with the model's own head module in place of a kernel.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftray.model.plan import LOSS_CHUNK_TOKENS
+from ftray.train.batch import Batch
+
+
+class TargetLoss(nn.Module):
+    """Sum of the cross-entropy over a micro-batch's target tokens, in nats: a scalar in fp32.
+
+    It is a module so that what wraps modules (DDP, DeepSpeed) sees one forward pass from batch to loss.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        hidden = causal.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
+        head = causal.get_output_embeddings()
+        parameters = [p for p in head.parameters() if p.requires_grad]
+        return _ChunkedCrossEntropy.apply(chosen, batch.labels, _Head(head, causal.config), *parameters)
+
+
+class _Head:
+    """The output head with what some families do to logits after it."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self.module = module
+        self.cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
+        self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.module(hidden)
+        if self.scale != 1.0:  # Cohere multiplies, Granite divides
+            logits = logits * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """hidden [N, D], labels [N] → sum of the losses; gradients are ready when forward ends."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, labels: Tensor, head: _Head, *parameters: Tensor) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0] or any(p.requires_grad for p in parameters)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        grads = [torch.zeros_like(p) for p in parameters] if needs_grad else []
+        for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
+            piece = slice(start, start + LOSS_CHUNK_TOKENS)
+            with torch.set_grad_enabled(needs_grad):
+                chunk = hidden[piece].detach().requires_grad_(needs_grad)
+                logits = head(chunk)
+            loss, grad_logits = _cross_entropy(logits.detach(), labels[piece], needs_grad)
+            total += loss
+            if grad_hidden is not None:
+                found = torch.autograd.grad(logits, [chunk, *parameters], grad_logits)
+                grad_hidden[piece] = found[0]
+                for mine, new in zip(grads, found[1:], strict=True):
+                    mine += new
+        ctx.grad_hidden, ctx.grads = grad_hidden, grads
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        hidden = ctx.grad_hidden * grad_total.to(ctx.grad_hidden.dtype)
+        return hidden, None, None, *(g.mul_(grad_total.to(g.dtype)) for g in ctx.grads)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum of the losses, and their gradient by the logits in the logits' type. One fp32 copy, changed in place."""
+    work = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    log_z = work.logsumexp(-1, keepdim=True)
+    loss = (log_z - work.gather(-1, labels[:, None])).sum()
+    if not needs_grad:
+        return loss, None
+    work.sub_(log_z).exp_()
+    work[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return loss, work.to(logits.dtype)

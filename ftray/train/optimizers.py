@@ -1,0 +1,72 @@
+"""Optimizers by name, their parameter groups, and their state as plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftray.config import Train
+from ftray.errors import ArtefactError
+
+
+def build_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
+    """The optimizer of `train.optimizer` over what requires gradients: matrices decay, all else does not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, rest = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    import bitsandbytes as bnb
+
+    kind = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    }[train.optimizer]
+    return kind(groups, **options)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by path, everything else by path): the optimizer's state without Python objects, so that a commit needs
+    no pickle. Hyperparameters are left out: the run file has them."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    _flatten("", optimizer.state_dict()["state"], tensors, plain)
+    return tensors, plain
+
+
+def _flatten(path: str, value: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _flatten(f"{path}/{key}" if path else str(key), item, tensors, plain)
+    elif value is None or isinstance(value, int | float | str | bool):
+        plain[path] = value
+    else:
+        raise TypeError(f"optimizer state {path} is a {type(value).__name__}, which a commit cannot hold")
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Put back what `optimizer_state` gave."""
+    state: dict[Any, Any] = {}
+    for path, value in [*tensors.items(), *plain.items()]:
+        index, *keys = path.split("/")
+        at = state.setdefault(int(index), {})
+        for key in keys[:-1]:
+            at = at.setdefault(key, {})
+        at[keys[-1]] = value
+    whole = optimizer.state_dict()
+    known = {i for group in whole["param_groups"] for i in group["params"]}
+    if not state.keys() <= known:
+        raise ArtefactError(f"the commit's optimizer state has {len(state)} parameters, this run has {len(known)}")
+    optimizer.load_state_dict({**whole, "state": state})

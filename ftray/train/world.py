@@ -1,0 +1,38 @@
+"""The workers of a run, as one of them sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all workers, in float64."""
+        if self.size == 1:
+            return list(values)
+        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(packed)
+        return packed.tolist()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.sum(0.0)
+
+    def from_first(self, values: Tensor) -> Tensor:
+        """Rank 0's tensor, on every worker."""
+        if self.size > 1:
+            dist.broadcast(values, src=0)
+        return values
