@@ -1,0 +1,1 @@
+"""Looks at what a run has done: the report today."""
