@@ -1,0 +1,249 @@
+"""The model card of an artefact: what it is, what it learned from, how well, how to load it, how to make it again.
+
+A card leaves the machine with the artefact, so it names no folder of the machine beyond its last part, and no
+credentials. The front matter is that of the Hugging Face hub (https://huggingface.co/docs/hub/model-cards).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ftray import __version__
+from ftray.config import LOW_RANK, QUANTIZED, Full, Run
+from ftray.redact import redact, redact_values
+
+_METHODS = {"full": "Full tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA"}
+
+
+def model_card(run: Run, summary: dict[str, Any], data_facts: dict[str, Any]) -> str:
+    """The card as Markdown with YAML front matter. `summary` is the run's, `data_facts` those of its prepared data;
+    what either lacks is left out."""
+    parts = [
+        _front_matter(run),
+        f"# {run.name}\n\n{_introduction(run, summary)}",
+        _results(run, summary),
+        _data(run, data_facts),
+        _hyperparameters(run, summary),
+        _loading(run),
+        _reproduction(run),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def base_name(run: Run) -> str:
+    """The base as a card names it: a hub name as it is, of a folder or URI its last part."""
+    if run.model.path == "embedded":
+        return "ftray's embedded base"
+    return run.model.path if is_hub_name(run.model.path) else last_part(run.model.path)
+
+
+def is_hub_name(path: str) -> bool:
+    """True for `owner/name` that is no folder here."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)) and not os.path.isdir(path)
+
+
+def last_part(path: str) -> str:
+    """`s3://bucket/rows/train-*.jsonl` → `train-*.jsonl`."""
+    return redact(path).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _front_matter(run: Run) -> str:
+    fields: dict[str, Any] = {
+        "library_name": "transformers" if isinstance(run.method, Full) else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["ftray", run.method.name],
+    }
+    if is_hub_name(run.model.path) and not run.model.random_weights:
+        fields = {"base_model": run.model.path, **fields}
+    datasets = sorted({s.path for s in run.data.sources if s.reader == "datasets" and is_hub_name(s.path)})
+    if datasets:
+        fields["datasets"] = datasets
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _introduction(run: Run, summary: dict[str, Any]) -> str:
+    method, base = _METHODS[run.method.name], base_name(run)
+    if isinstance(run.method, Full):
+        start = "fresh weights in the shape of" if run.model.random_weights else "the weights of"
+        text = f"A whole model, trained from {start} **{base}**"
+    else:
+        text = f"A {method} adapter of rank {run.method.rank} for **{base}**"
+    step = summary.get("artefact_step")
+    steps = summary.get("steps")
+    if step is not None:
+        text += f", as of step {step:,}" + (f" of {steps:,}" if steps and steps != step else "")
+    return f"{text}. Trained with ftray {__version__}."
+
+
+def _results(run: Run, summary: dict[str, Any]) -> str:
+    base, best, final = (_finite(summary.get(k)) for k in ("base_loss", "best_loss", "final_loss"))
+    tuned = best if run.train.keep_best and best is not None else final
+    if base is None or tuned is None:
+        return ""
+    rows = [
+        ("Loss, nats per target token", f"{base:.4f}", f"{tuned:.4f}", f"{tuned / base:.3f}" if base else "–"),
+        ("Perplexity", f"{_perplexity(base):.4g}", f"{_perplexity(tuned):.4g}", f"{math.exp(tuned - base):.3g}"),
+    ]
+    return "## Results\n\nOn the same held-out rows:\n\n" + _table(("", "Base", "Tuned", "Ratio"), rows)
+
+
+def _data(run: Run, facts: dict[str, Any]) -> str:
+    """What the rows are, how they became text, and how many there were."""
+    lines = [f"- {_code(last_part(s.path))}: {_format(s.format)}" for s in run.data.sources]
+    rows, targets = facts.get("rows") or {}, facts.get("target_tokens") or {}
+    counts = [
+        (name, f"{rows[key]:,}", f"{targets[key]:,}" if targets.get(key) is not None else "–")
+        for name, key in (("Training", "train"), ("Held-out", "held_out"))
+        if rows.get(key)
+    ]
+    text = "## Data\n\n" + "\n".join(lines)
+    if counts:
+        text += "\n\n" + _table(("Split", "Rows", "Target tokens"), counts)
+    if facts.get("digest"):
+        text += f"\n\nDigest of the prepared rows: {_code(str(facts['digest']))}"
+    return text
+
+
+def _format(form: Any) -> str:
+    """What a prompt must look like for the model to know it again."""
+    if form.name == "text":
+        return "plain text, every token a target"
+    if form.name == "messages":
+        return "conversations in the tokenizer's chat template, the assistant's turns as targets"
+    if form.name == "instruction":
+        wording = "in the tokenizer's chat template" if form.chat else "in Alpaca's wording"
+        return f"instructions {wording}, the responses as targets"
+    where = ", as two turns in the tokenizer's chat template" if form.chat else ""
+    return f"prompt {_code(form.prompt)}, completion {_code(form.completion)}{where}; the completions are the targets"
+
+
+def _hyperparameters(run: Run, summary: dict[str, Any]) -> str:
+    train, method = run.train, run.method
+    rows: list[tuple[str, str]] = [("Method", _METHODS[method.name])]
+    if isinstance(method, LOW_RANK):
+        targets = method.targets if isinstance(method.targets, str) else ", ".join(method.targets)
+        scale = " / √rank" if method.rslora else " / rank"
+        rows += [
+            ("Rank", str(method.rank)),
+            ("Scale", f"{method.alpha:g}{scale}"),
+            ("Dropout", f"{method.dropout:g}"),
+            ("Targets", _code(targets)),
+        ]
+    if isinstance(method, QUANTIZED):
+        rows.append(("Base in training", "NF4" + (", double quantization" if method.double_quantization else "")))
+    trained = summary.get("trainable_parameters")
+    if trained:
+        rows.append(("Trained parameters", f"{trained:,}"))
+    rows += [
+        ("Optimizer", f"{train.optimizer}, β {train.betas[0]:g} and {train.betas[1]:g}, ε {train.epsilon:g}"),
+        ("Learning rate", f"{train.learning_rate:g}, {train.schedule.name}, warm-up {train.schedule.warmup:g}"),
+        ("Weight decay", f"{train.weight_decay:g}"),
+        ("Gradient clipping", f"norm {train.clip_norm:g}" if train.clip_norm else "off"),
+        ("Rows a step", f"{train.batch_rows:,}"),
+        ("Steps", f"{summary['steps']:,}" if summary.get("steps") else f"{train.steps or train.epochs}"),
+        ("Longest row", f"{run.data.max_length:,} tokens"),
+        ("Compute", train.precision),
+        ("Workers", str(run.workers.count)),
+        ("Seed", str(run.seed)),
+    ]
+    return "## Training\n\n" + _table(("", ""), rows)
+
+
+def _loading(run: Run) -> str:
+    """Python that loads the artefact without ftray (but for the base that ships with it)."""
+    dtype = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}
+    if isinstance(run.method, Full):
+        code = f"""
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype[run.train.precision]})
+"""
+        return f"## How to load it\n\n```python\n{code.strip()}\n```"
+    quantized = isinstance(run.method, QUANTIZED)
+    imports = ", BitsAndBytesConfig" if quantized else ""
+    options = f"dtype={dtype[run.train.precision]}"
+    lines = ["import torch", "from peft import PeftModel"]
+    lines += [f"from transformers import AutoModelForCausalLM, AutoTokenizer{imports}", ""]
+    lines += [_base_line(run), 'folder = "."  # this folder', "tokenizer = AutoTokenizer.from_pretrained(base)"]
+    if quantized:
+        double = getattr(run.method, "double_quantization", True)
+        lines += [
+            "nf4 = BitsAndBytesConfig(",
+            f'    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={double},',
+            f"    bnb_4bit_compute_dtype={dtype[run.train.precision]},",
+            ")",
+        ]
+        options += ", quantization_config=nf4"
+    if run.model.revision and is_hub_name(run.model.path):
+        options += f", revision={run.model.revision!r}"
+    lines += [
+        f"model = AutoModelForCausalLM.from_pretrained(base, {options})",
+        "model = PeftModel.from_pretrained(model, folder)",
+    ]
+    return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _base_line(run: Run) -> str:
+    if run.model.path == "embedded":
+        return "from ftray.embedded import base_path\n\nbase = str(base_path())"
+    if is_hub_name(run.model.path):
+        return f"base = {run.model.path!r}".replace("'", '"')
+    return f'base = "{last_part(run.model.path)}"  # where this base lies on your machine'
+
+
+def _reproduction(run: Run) -> str:
+    """The run file, with the last part of each path."""
+    values = redact_values(run.dump())
+    _shorten_paths(run, values)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+    fence = "`" * max(3, 1 + max((len(m) for m in re.findall(r"`+", text)), default=0))
+    return (
+        "## How to make it again\n\nPut the base and the rows where the paths say, then"
+        f" `ftray train {run.name}.yaml`, with ftray {__version__}:\n\n{fence}yaml\n{text}{fence}"
+    )
+
+
+def _shorten_paths(run: Run, values: dict[str, Any]) -> None:
+    def short(path: str) -> str:
+        return path if path.startswith("embedded") or is_hub_name(path) else last_part(path)
+
+    values["model"]["path"] = short(run.model.path)
+    for source in values["data"]["sources"] + values["data"]["held_out"]:
+        source["path"] = short(source["path"])
+    for key in ("cache", "chat_template"):
+        if values["data"][key]:
+            values["data"][key] = last_part(values["data"][key])
+    values["output"] = "runs/{name}"
+    values.pop("logging", None)  # where this machine's numbers go is nobody else's matter
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Markdown; all columns but the first are right-aligned where there are more than two."""
+    rule = ["---"] + (["---:"] if len(head) > 2 else ["---"]) * (len(head) - 1)
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (head, tuple(rule), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    """A code span that holds any text (CommonMark 0.31, section 6.1), on one line."""
+    text = text.replace("\r", "").replace("\n", "⏎")
+    ticks = "`" * (1 + max((len(m) for m in re.findall(r"`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
