@@ -1,0 +1,237 @@
+"""`ftray check`: the resolved run, its arithmetic and its memory plan, without starting anything. No torch, no Ray."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.cli.words import count, facts, percent, size, some, table
+from ftray.config import LOW_RANK, Run, Source
+from ftray.errors import DataError
+from ftray.manifest import is_local
+from ftray.model.advice import Advice, cheapest_fit
+from ftray.model.plan import GIB, Plan, make_plan, targeted
+from ftray.model.shapes import Shapes
+from ftray.model.source import find_shapes
+from ftray.train.schedule import warmup_steps
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands behind one source of the run file."""
+
+    key: str
+    path: str
+    files: int | None
+    """None: not on this machine, so not looked for."""
+    bytes: int = 0
+
+    def text(self) -> str:
+        if self.files is None:
+            return f"{self.path} (read when the run starts)"
+        if not self.files:
+            return f"{self.path}: MISSING"
+        return f"{self.path}: {some(self.files, 'file')}, {size(self.bytes)}"
+
+
+@dataclass(frozen=True)
+class Check:
+    run: Run
+    shapes: Shapes
+    origin: str
+    plan: Plan
+    advice: Advice | None
+    sources: list[Found]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run.dump(),
+            "folder": self.run.folder,
+            "batch": {
+                "rows": self.run.train.batch_rows,
+                "workers": self.run.workers.count,
+                "micro_batch_rows": self.run.train.micro_batch_rows,
+                "accumulation": self.run.accumulation,
+                "text": batch_text(self.run),
+            },
+            "plan": self.plan.to_json() | {"config_from": self.origin},
+            "advice": list(self.advice.overrides) if self.advice else [],
+            "data": [{"key": s.key, "path": s.path, "files": s.files, "bytes": s.bytes} for s in self.sources],
+        }
+
+
+def check(run: Run) -> Check:
+    """Raises ModelError when the base is not to be found or the method does not fit it."""
+    shapes, origin = find_shapes(run.model)
+    return Check(run, shapes, origin, make_plan(run, shapes), cheapest_fit(run, shapes), find_sources(run))
+
+
+def find_sources(run: Run) -> list[Found]:
+    keyed = [(f"data.sources.{i}.path", source) for i, source in enumerate(run.data.sources)]
+    keyed += [(f"data.held_out.{i}.path", source) for i, source in enumerate(run.data.held_out)]
+    return [_find(key, source) for key, source in keyed]
+
+
+def _find(key: str, source: Source) -> Found:
+    path = source.path
+    if path.startswith("embedded:"):
+        from ftray.embedded import data_path
+
+        file = data_path(path.removeprefix("embedded:"))
+        return Found(key, path, 1, file.stat().st_size)
+    if not is_local(path) or (source.reader == "datasets" and not os.path.exists(path)):
+        return Found(key, path, None)
+    plain = os.path.expanduser(path.removeprefix("file://"))
+    hits = [plain] if os.path.exists(plain) else glob.glob(plain, recursive=True)
+    files = [file for hit in hits for file in (Path(hit).rglob("*") if os.path.isdir(hit) else [Path(hit)])]
+    files = [file for file in files if file.is_file() and not file.name.startswith((".", "_"))]
+    return Found(key, path, len(files), sum(file.stat().st_size for file in files))
+
+
+def require_data(check: Check) -> None:
+    """Raises DataError that names every source whose files are missing."""
+    if missing := [s for s in check.sources if s.files == 0]:
+        raise DataError(
+            "no such data: " + ", ".join(f"{s.key} {s.path}" for s in missing),
+            where=f"run {check.run.name}",
+            hint=f"paths are relative to the working directory, here {os.getcwd()}; or override: {missing[0].key}=…",
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- as text
+
+
+def describe(check: Check) -> str:
+    """What `ftray check` prints after the resolved run."""
+    run, plan = check.run, check.plan
+    pairs = [
+        ("run", f"{run.name}, in {run.folder}"),
+        ("batch", batch_text(run)),
+        ("steps", steps_text(run)),
+        ("model", model_text(check)),
+        ("trained", trained_text(check)),
+    ]
+    if plan.unquantized:
+        pairs.append(("unquantized", unquantized_text(plan.unquantized)))
+    lines = [source.text() for source in check.sources]
+    if share := run.data.held_out_fraction:
+        lines.append(f"{percent(share)} of the rows held out")
+    pairs.append(("data", "\n".join(lines)))
+    pairs.append(("memory", memory_text(check)))
+    return facts(pairs, indent=0)
+
+
+def batch_text(run: Run) -> str:
+    """The arithmetic of one step: rows = workers × micro-batches × rows of each, and what does not divide evenly."""
+    rows, workers, micro = run.train.batch_rows, run.workers.count, run.train.micro_batch_rows
+    accumulation = run.accumulation
+    most, least = -(-rows // workers), rows // workers
+    batches = some(accumulation, "micro-batch", "micro-batches")
+    head = f"{some(rows, 'row')} a step = {some(workers, 'worker')}"
+    if rows == workers * accumulation * micro:
+        return f"{head} × {batches} of {micro}"
+    share = f"{most}" if most == least else f"{most} or {least}"
+    each = f"{-(-most // accumulation)}" if most == least and most % accumulation == 0 else f"at most {micro}"
+    uneven = "(the loss is a mean over target tokens, so uneven parts change nothing)"
+    return f"{head} × {share} rows, in {batches} of {each}\n{uneven}"
+
+
+def steps_text(run: Run) -> str:
+    train, schedule = run.train, run.train.schedule
+    if train.steps is None:
+        steps, amount = None, f"{_epochs(train.epochs)}; steps are known once the rows are counted"
+        if rows := _rows_at_most(run):
+            steps = max(1, round(float(train.epochs or 0) * math.ceil(rows / train.batch_rows)))
+            amount = f"{_epochs(train.epochs)} of at most {some(rows, 'row')}: at most {some(steps, 'step')}"
+    else:
+        steps, amount = train.steps, some(train.steps, "step")
+    if steps is None and _is_share(schedule.warmup):
+        warmup = f"{percent(schedule.warmup)} of the steps"
+    else:
+        warmup = some(warmup_steps(schedule, steps or 0), "step")
+    final = train.learning_rate * schedule.final
+    shape = schedule.name if schedule.name == "constant" else f"{schedule.name} to {final:g}"
+    lines = [amount, f"rate up to {train.learning_rate:g} in {warmup}, then {shape}"]
+    every = train.evaluate_every
+    if run.data.held_out or run.data.held_out_fraction:
+        lines.append("evaluation at the start and the end" + (f", and every {some(every, 'step')}" if every else ""))
+    every = train.commit_every or train.evaluate_every
+    lines.append("commit at the end" + (f", and every {some(every, 'step')}" if every else ""))
+    return "\n".join(lines)
+
+
+def _epochs(epochs: float | None) -> str:
+    return f"{epochs:g} epoch{'s' * (epochs != 1)}"
+
+
+def _is_share(warmup: int | float) -> bool:
+    return isinstance(warmup, float) and warmup < 1
+
+
+def _rows_at_most(run: Run) -> int | None:
+    """Rows of an epoch if every source has a `limit`: an upper bound, since bad rows are put aside."""
+    limits = [source.limit for source in run.data.sources]
+    if run.data.packing == "corpus" or not all(limits):
+        return None
+    return sum(round((source.limit or 0) * source.weight) for source in run.data.sources)
+
+
+def model_text(check: Check) -> str:
+    s = check.shapes
+    return (
+        f"{check.run.model.path}: {s.family}, {s.layers} layers of {s.hidden}, vocabulary {count(s.vocabulary)},"
+        f" {count(s.parameters)} parameters\nshape from {check.origin}"
+    )
+
+
+def trained_text(check: Check) -> str:
+    run, plan, method = check.run, check.plan, check.run.method
+    if not isinstance(method, LOW_RANK):
+        return f"all {count(plan.trained)} parameters"
+    layers = targeted(run, check.shapes)
+    names = list(dict.fromkeys(layer.path.rsplit(".", 1)[-1] for layer in layers))
+    ranks = f"rank {method.rank}" + (" and others" if method.rank_pattern else "")
+    return (
+        f"{count(plan.trained)} parameters, {percent(plan.share)} of the base's:"
+        f" {method.name}, {ranks}, alpha {method.alpha:g},\non {some(len(layers), 'linear layer')}: {', '.join(names)}"
+    )
+
+
+def unquantized_text(paths: tuple[str, ...]) -> str:
+    """Layers that NF4 cannot hold, by name: `mlp.down_proj (5 layers)`."""
+    numbers: dict[str, int] = {}
+    for path in paths:
+        name = ".".join(path.split(".")[-2:])
+        numbers[name] = numbers.get(name, 0) + 1
+    listed = ", ".join(f"{name} ({some(n, 'layer')})" for name, n in numbers.items())
+    return f"{listed}: NF4 needs outputs that are multiples of 32 and inputs of 64"
+
+
+def memory_text(check: Check) -> str:
+    plan = check.plan
+    rows = [(item.name, _amount(item.bytes), item.how) for item in plan.items]
+    rows.append(("total", _amount(round(plan.total_gib * GIB)), ""))
+    note = f"one worker's, at most: micro-batches of {some(plan.tokens, 'token')}, every row as long as data.max_length"
+    return "\n".join([note, table(("what", "memory", "how"), rows, right=(1,)), _verdict(check)])
+
+
+def _amount(amount: int) -> str:
+    return f"{amount / GIB:,.2f} GiB" if amount >= 0.1 * GIB else size(amount)
+
+
+def _verdict(check: Check) -> str:
+    plan = check.plan
+    if plan.limit_gib is None:
+        return "set workers.gpu_memory_gib to see whether it fits"
+    if plan.fits:
+        moved = plan.total_gib - plan.limit_gib
+        return f"fits {plan.limit_gib:g} GiB" + (f", with {moved:.2f} GiB paged to the host" if moved > 0 else "")
+    over = f"does NOT fit {plan.limit_gib:g} GiB"
+    if check.advice is None:
+        return f"{over}, nor would any change of the batch, optimizer or method: take a smaller base or a larger GPU"
+    change, gib = " ".join(check.advice.overrides), check.advice.plan.total_gib
+    return f"{over}; the cheapest change that does, {gib:.2f} GiB: {change}"

@@ -1,0 +1,250 @@
+"""What a run looks like while it goes: events become lines, or on a terminal a progress display over them.
+
+    with open_console(every=10) as console:
+        train(run, on_event=console, …)
+
+A console is called with the event dictionaries of preparation and training. Without a terminal each line is plain text,
+so that a job's log stays readable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from typing import Any, TextIO
+
+from ftray.cli.words import count, duration, percent, some
+
+Event = dict[str, Any]
+_PROGRESS_SECONDS = 5.0
+"""Plain lines of preparation are this far apart."""
+_ENDS = {"stopped": "stopped, and committed", "early stopping": "ended early: held-out loss no longer falls"}
+
+
+class Pace:
+    """Seconds a step lately, and what is left: a mean that forgets (each step weighs a twentieth)."""
+
+    def __init__(self) -> None:
+        self.step_seconds: float | None = None
+
+    def add(self, seconds: float) -> None:
+        old = self.step_seconds
+        self.step_seconds = seconds if old is None else old + (seconds - old) / 20
+
+    def left(self, steps: int) -> float | None:
+        return None if self.step_seconds is None else self.step_seconds * max(steps, 0)
+
+
+class PlainConsole:
+    """Plain lines: no colours, nothing that moves. Safe to call from any thread."""
+
+    def __init__(self, out: TextIO, every: int = 10, title: str | None = None) -> None:
+        self.out, self.every, self.title = out, every, title
+        self.steps = 0
+        self.pace = Pace()
+        self._warned: set[str] = set()
+        self._progress_time = -math.inf
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> PlainConsole:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing moves any more; lines may still follow."""
+
+    def __call__(self, event: Event) -> None:
+        handler = getattr(self, f"on_{event.get('kind')}", None)
+        if handler:  # kinds of a later version are for other readers
+            with self._lock:
+                handler(event)
+
+    def line(self, text: str) -> None:
+        print(f"[{self.title}] {text}" if self.title else text, file=self.out, flush=True)
+
+    # ---------------------------------------------------------------------------------------------------------- events
+
+    def on_status(self, e: Event) -> None:
+        self.line(e["text"])
+
+    def on_progress(self, e: Event) -> None:
+        done, total = e["done"], e.get("total")
+        now = time.monotonic()
+        if done != total and now - self._progress_time < _PROGRESS_SECONDS:
+            return
+        self._progress_time = now
+        of = f" of {count(total)}" if total else ""
+        self.line(f"{e['what']}: {count(done)}{of} {e.get('unit', '')}".rstrip())
+
+    def on_start(self, e: Event) -> None:
+        self.steps = e["steps"]
+        for text in describe_start(e):
+            self.line(text)
+
+    def on_resume(self, e: Event) -> None:
+        self.line(f"going on after step {count(e['step'])}, the last commit")
+
+    def on_step(self, e: Event) -> None:
+        self.pace.add(e["seconds"])
+        step = e["step"]
+        if step % self.every == 0 or step == self.steps:
+            self.line(self.step_text(e))
+
+    def step_text(self, e: Event) -> str:
+        left = duration(self.pace.left(self.steps - e["step"]))
+        parts = [
+            f"step {count(e['step'])}/{count(self.steps)}",
+            f"loss {e['loss']:.4f}",
+            f"rate {e['learning_rate']:.2e}",
+            f"{count(e['target_tokens_per_second'])} target tokens/s",
+        ]
+        if e.get("skipped"):
+            parts.append(f"{e['skipped']} skipped")
+        return " · ".join([*parts, f"{left} left" if e["step"] < self.steps else "done"])
+
+    def on_evaluation(self, e: Event) -> None:
+        self.line(evaluation_text(e))
+
+    def on_commit(self, e: Event) -> None:
+        self.line(f"committed step {count(e['step'])}: {e['folder']}")
+
+    def on_skip(self, e: Event) -> None:
+        rows = e.get("rows") or []
+        named = ", ".join(map(str, rows[:3])) + (f" and {count(len(rows) - 3)} more" if len(rows) > 3 else "")
+        self.line(f"step {count(e['step'])} skipped, {e['reason']}" + (f"; its rows: {named}" if named else ""))
+
+    def on_warning(self, e: Event) -> None:
+        if e["text"] not in self._warned:
+            self._warned.add(e["text"])
+            self.line(f"warning: {e['text']}")
+
+    def on_end(self, e: Event) -> None:
+        self.line(_ENDS.get(e["reason"], "finished"))
+
+
+class JsonConsole(PlainConsole):
+    """Every event as one line of JSON, for programs."""
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            print(json.dumps(event, default=str), file=self.out, flush=True)
+
+
+class TerminalConsole(PlainConsole):
+    """Lines above, and one display that moves below them: what is done, how well, how fast, and how long yet."""
+
+    def __init__(self, out: TextIO, every: int = 10, title: str | None = None) -> None:
+        super().__init__(out, every, title)
+        from rich.console import Console
+
+        self.rich = Console(file=out, highlight=False, soft_wrap=True)
+        self._display: Any = None
+        self._task: Any = None
+        self._what: str | None = None
+        self._held_out = ""
+
+    def close(self) -> None:
+        with self._lock:
+            if self._display is not None:
+                self._display.stop()
+            self._display = self._task = self._what = None
+
+    def line(self, text: str) -> None:
+        from rich.text import Text
+
+        shown = Text(text)
+        if text.startswith("warning:") or " skipped, " in text:
+            shown.stylize("yellow")
+        if self.title:
+            shown = Text(f"[{self.title}] ", style="cyan") + shown
+        target = self._display.console if self._display is not None else self.rich
+        target.print(shown)
+
+    def on_status(self, e: Event) -> None:
+        self.close()
+        super().on_status(e)
+
+    def on_progress(self, e: Event) -> None:
+        self._show(e["what"], e.get("total"), e["done"], e.get("unit", ""))
+        if e["done"] == e.get("total"):
+            self.close()
+
+    def on_start(self, e: Event) -> None:
+        self.close()
+        super().on_start(e)
+        self._show("training", self.steps, e.get("step", 0), "steps")
+
+    def on_step(self, e: Event) -> None:
+        self.pace.add(e["seconds"])
+        speed = f"{count(e['target_tokens_per_second'])} target tokens/s"
+        left = f"{duration(self.pace.left(self.steps - e['step']))} left"
+        text = " · ".join(filter(None, [f"loss {e['loss']:.4f}", self._held_out, speed, left]))
+        self._show("training", self.steps, e["step"], text)
+
+    def on_evaluation(self, e: Event) -> None:
+        self._held_out = f"held-out {e['loss']:.4f}"
+        super().on_evaluation(e)
+
+    def on_end(self, e: Event) -> None:
+        self.close()
+        super().on_end(e)
+
+    def _show(self, what: str, total: int | None, done: int, text: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        if self._what != what:
+            self.close()
+            name = f"[{self.title}] {what}" if self.title else what
+            self._display = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=self.rich,
+                transient=True,
+            )
+            self._task = self._display.add_task(name, total=total, text="")
+            self._what = what
+            self._display.start()
+        self._display.update(self._task, completed=done, total=total, text=text)
+
+
+def open_console(
+    every: int = 10, title: str | None = None, as_json: bool = False, out: TextIO | None = None
+) -> PlainConsole:
+    """The console that fits `out` (standard output): for a program, a terminal, or a log."""
+    out = out or sys.stdout
+    if as_json:
+        return JsonConsole(out, every)
+    return TerminalConsole(out, every, title) if out.isatty() else PlainConsole(out, every, title)
+
+
+def describe_start(e: Event) -> list[str]:
+    """The lines that open a training: how much, on what, which part of the model."""
+    split = batch_split(e["workers"], e["accumulation"])
+    lines = [f"training: {some(e['steps'], 'step')} of {some(e['batch_rows'], 'row')} ({split}) on {e['device']}"]
+    trained, whole = e["trainable_parameters"], e["parameters"]
+    lines.append(f"trained parameters: {count(trained)}, {percent(trained / whole)} of {count(whole)}")
+    if names := e.get("unquantized"):
+        shown = ", ".join(names[:3]) + (f" and {count(len(names) - 3)} more" if len(names) > 3 else "")
+        lines.append(f"warning: NF4 cannot hold {some(len(names), 'layer')}, left unquantized: {shown}")
+    return lines
+
+
+def batch_split(workers: int, accumulation: int) -> str:
+    return f"{some(workers, 'worker')} × {some(accumulation, 'micro-batch', 'micro-batches')}"
+
+
+def evaluation_text(e: Event) -> str:
+    of = " (the base)" if e["step"] == 0 else ""
+    text = f"held-out at step {count(e['step'])}{of}: loss {e['loss']:.4f}"
+    if "perplexity" in e:
+        text += f", perplexity {e['perplexity']:.2f}"
+    if "target_tokens" in e:
+        text += f" over {count(e['target_tokens'])} target tokens in {duration(e.get('seconds'))}"
+    return text

@@ -1,0 +1,215 @@
+"""The command line. Each command is a few lines here and a module of its own, imported when it is called.
+
+`--help`, `check` and every mistake in a run file answer within a second, so nothing here imports torch or Ray.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import click
+import typer
+
+from ftray.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER, FtrayError, RunStopped
+
+REPORT_TO = "the project's issue tracker"
+
+app = typer.Typer(
+    name="ftray",
+    help="Fine-tune language models on Ray, and serve every adapter that comes out from one 4-bit base.",
+    epilog="A run is one YAML file. Start with `ftray quickstart`, or with `ftray recipes` and `ftray check RECIPE`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_RUN = typer.Argument(
+    metavar="RUN", help="A run file (YAML), a run's folder, or the name of a recipe.", show_default=False
+)
+RunName = Annotated[str, _RUN]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]…",
+        help="Keys of the run file to change, dotted: train.steps=100 data.sources.0.path=rows.jsonl",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own output, and tracebacks of errors.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from ftray import __version__
+
+        print(f"ftray {__version__}")
+        raise typer.Exit
+
+
+_VERSION = typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and end.")
+
+
+@app.callback()
+def _all(version: Annotated[bool, _VERSION] = False) -> None:
+    pass
+
+
+@app.command()
+def quickstart(
+    output: Annotated[str, typer.Option(help="Folder for both runs.", metavar="DIR")] = "runs",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole story in minutes, without network or GPU.
+
+    Two tenants' adapters, a cheese expert's and a restaurant describer's, are trained with QLoRA over the embedded
+    base by two Ray Train workers on a local Ray, and compared with the base on held-out rows. Their run files are the
+    recipes quickstart-cheese and quickstart-restaurant.
+    """
+    from ftray.cli.quickstart import quickstart_command
+
+    quickstart_command(output, as_json=as_json, verbose=verbose)
+
+
+@app.command()
+def check(
+    run: Annotated[str | None, _RUN] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the run file's JSON schema, for editors.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Validate a run and show what it comes to; start nothing.
+
+    Prints the resolved run with every default filled in, the batch arithmetic, the schedule, the trained parameters,
+    the data files found, and the memory plan of a worker. With workers.gpu_memory_gib it says whether the run fits, and
+    otherwise the cheapest change that makes it fit. Needs no weights, no GPU and no Ray.
+    """
+    if schema:
+        from ftray.config import Run
+
+        _print_json(Run.model_json_schema())
+        return
+    if run is None:
+        raise click.UsageError("Missing argument 'RUN'.")
+    from ftray.cli.check import check as check_run
+    from ftray.cli.check import describe, require_data
+
+    result = check_run(_load(run, overrides))
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        print(result.run.to_yaml())
+        print(describe(result))
+    require_data(result)
+
+
+@app.command()
+def data(
+    run: RunName,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Sample rows to show; 0: none.", min=0)] = 3,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prepare a run's data and show them.
+
+    Reads, renders and tokenizes the rows as `ftray train` would, and keeps the result for it. Shows counts, row
+    lengths, which rows were put aside and why, and samples with the target tokens marked: what the model learns to say.
+    """
+    from ftray.cli.data import data_command
+
+    data_command(_load(run, overrides), samples=samples, as_json=as_json, verbose=verbose)
+
+
+@app.command()
+def train(run: RunName, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Train a run, or go on where it left off.
+
+    Ctrl-C or SIGTERM commits and leaves with exit code 75; a second one leaves at once. With --json each event is a
+    line of JSON, and the summary the last. Exit codes: 0 finished, 2 a mistake in what you gave, 3 the run failed, 75
+    stopped: the same command goes on.
+    """
+    from ftray.cli.train import train_command
+
+    train_command(_load(run, overrides), as_json=as_json, verbose=verbose)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, or print one.
+
+    To start a run file of your own: ftray recipes NAME > run.yaml
+    """
+    from ftray.cli.recipes import list_recipes, recipe_text
+    from ftray.cli.words import facts
+
+    if name:
+        print(recipe_text(name), end="")
+    elif as_json:
+        _print_json(dict(list_recipes()))
+    else:
+        print(facts(list_recipes(), indent=0))
+
+
+def _load(run: str, overrides: list[str] | None) -> Any:
+    from ftray.config import load_run
+
+    return load_run(run, overrides or [])
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# ------------------------------------------------------------------------------------------------------------ the end
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `ftray` script: runs a command and leaves with its exit code."""
+    sys.exit(call(sys.argv[1:] if arguments is None else arguments))
+
+
+def call(arguments: list[str]) -> int:
+    """Run a command line; returns the exit code. What the user can mend is told in a few lines on standard error; a bug
+    goes through, with its traceback."""
+    try:
+        return app(arguments, standalone_mode=False) or EXIT_OK
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USER
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has left
+        sys.stderr.close()
+        return EXIT_OK
+    except FtrayError as error:
+        if "--verbose" in arguments or "-v" in arguments:
+            import traceback
+
+            traceback.print_exc()
+        print(_told(error), file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        print(f"This is a bug in ftray; please report it with what follows, to {REPORT_TO}.\n", file=sys.stderr)
+        raise
+
+
+def _told(error: FtrayError) -> str:
+    if isinstance(error, RunStopped) or error.exit_code == EXIT_STOPPED:
+        return str(error)
+    return f"error: {error}" if error.exit_code != EXIT_BUG else str(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""The shipped recipes, by name and first line."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+
+from ftray.config import recipe_names
+from ftray.errors import ConfigError
+
+
+def recipe_text(name: str) -> str:
+    """The recipe's YAML as it is shipped. Raises ConfigError for an unknown name."""
+    if name not in recipe_names():
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(recipe_names())}"
+        raise ConfigError("no such recipe", where=name, hint=hint)
+    return (resources.files("ftray") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """(name, what it is) of every recipe; the latter is the comment in its first line."""
+    return [(name, recipe_text(name).split("\n", 1)[0].lstrip("# ")) for name in recipe_names()]

@@ -1,0 +1,81 @@
+"""`ftray train`: a run with its display, its summary and what to do next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftray.cli.console import PlainConsole, open_console
+from ftray.cli.signals import stop_on_signal
+from ftray.cli.words import count, duration, facts, percent
+from ftray.config import Run
+from ftray.errors import EXIT_OK
+from ftray.session import ray_session
+
+
+def train_command(run: Run, *, as_json: bool, verbose: bool) -> int:
+    with open_console(run.logging.every, as_json=as_json) as console:
+        from ftray.train.launch import local_cpus
+
+        console({"kind": "status", "text": "starting Ray"})
+        with ray_session(verbose=verbose, cpus=local_cpus(run)):
+            summary, report = train_run(run, console, verbose=verbose)
+    if as_json:
+        console({"kind": "summary", **summary, "report": report})
+    else:
+        print(f"\n{summary_text(summary, report)}")
+    return EXIT_OK
+
+
+def train_run(run: Run, console: PlainConsole, *, verbose: bool) -> tuple[dict[str, Any], str | None]:
+    """(summary, where the report lies) of a run, inside a session with Ray. A report that cannot be made is a warning:
+    the run is whole without it."""
+    from ftray.train.launch import train
+
+    def say(text: str) -> None:
+        console({"kind": "status", "text": text})
+
+    with stop_on_signal(say) as stop:
+        summary = train(run, on_event=console, stop=stop, verbose=verbose)
+    console.close()
+    return summary, _report(run, console)
+
+
+def _report(run: Run, console: PlainConsole) -> str | None:
+    from ftray.evaluate.report import write_report
+
+    try:
+        return str(write_report(run.folder))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        console({"kind": "warning", "text": f"no report: {type(error).__name__}: {error}"})
+        return None
+
+
+def summary_text(summary: dict[str, Any], report: str | None) -> str:
+    """The table at the end of a run."""
+    s = summary
+    pairs = [("steps", f"{count(s['steps'])} in {duration(s['seconds'])} ({s['reason']})")]
+    if s.get("resumed_from"):
+        pairs.append(("resumed", f"after step {count(s['resumed_from'])}"))
+    if s.get("base_loss") is not None:
+        pairs.append(("held-out loss", held_out_text(s)))
+    trained, whole = s["trainable_parameters"], s["parameters"]
+    pairs.append(("trained", f"{count(trained)} of {count(whole)} parameters ({s['method']})"))
+    pairs.append(("speed", f"{count(s['target_tokens_per_second'])} target tokens/s on {s['workers']} worker(s)"))
+    if s.get("skipped_steps"):
+        pairs.append(("skipped", f"{count(s['skipped_steps'])} steps whose loss or gradient was not finite"))
+    if s.get("peak_memory_gib"):
+        pairs.append(("memory", f"{s['peak_memory_gib']:.2f} GiB at most in a worker"))
+    pairs += [("artefact", s["artefact"]), *([("report", report)] if report else [])]
+    loader = "transformers" if s["method"] == "full" else "PEFT"
+    nexts = f"next: open the report; load the artefact with {loader}; `ftray check {s['folder']}` shows the run again"
+    return f"{facts(pairs, indent=0)}\n\n{nexts}"
+
+
+def held_out_text(s: dict[str, Any]) -> str:
+    """`4.4012 → 0.9500 (0.216 of the base's), best at step 250`."""
+    best = s.get("best_loss")
+    tuned = best if best is not None else s["final_loss"]
+    if tuned is None or not s["base_loss"]:
+        return f"{s['base_loss']:.4f} at the start"
+    text = f"{s['base_loss']:.4f} → {tuned:.4f}, {percent(tuned / s['base_loss'])} of the base's"
+    return text + (f", at step {count(s['best_step'])}" if s.get("best_step") is not None else "")

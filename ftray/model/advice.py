@@ -1,0 +1,81 @@
+"""The cheapest change that makes a run fit its GPU: what a plan that does not fit tells the user. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ftray.config import LOW_RANK, QUANTIZED, Run
+from ftray.model.plan import Plan, make_plan
+from ftray.model.shapes import Shapes
+
+_BUSY_TOKENS = 2048
+"""Assumed: a micro-batch of so many tokens still keeps a GPU busy; below it, recomputing is the cheaper way."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    overrides: tuple[str, ...]
+    """What to add to the command, `key=value` each."""
+    plan: Plan
+    """The plan with them."""
+
+
+def cheapest_fit(run: Run, shapes: Shapes) -> Advice | None:
+    """The first of the changes, in the order of what they cost, with which the run fits; None if none does, or if it
+    fits as it is. Smaller micro-batches change nothing but time, checkpointing costs a third more of it, 8-bit states
+    and NF4 change the numbers a little, and training adapters instead of everything changes the method."""
+    if make_plan(run, shapes).fits is not False:
+        return None
+    for overrides in _candidates(run):
+        if make_plan(_with(run, overrides), shapes).fits:
+            needed = _needed(run, shapes, overrides)
+            texts = tuple(f"{key}={_yaml(key, value)}" for key, value in needed.items())
+            return Advice(texts, make_plan(_with(run, needed), shapes))
+    return None
+
+
+def _needed(run: Run, shapes: Shapes, overrides: dict[str, object]) -> dict[str, object]:
+    """Without those that it fits without; the dearest are tried first."""
+    for key in reversed(list(overrides)):
+        fewer = {k: v for k, v in overrides.items() if k != key}
+        if make_plan(_with(run, fewer), shapes).fits:
+            overrides = fewer
+    return overrides
+
+
+def _candidates(run: Run) -> Iterator[dict[str, object]]:
+    """Sets of overrides, cheapest first."""
+    rows, length = run.train.micro_batch_rows, run.data.max_length
+    smaller: list[dict[str, object]] = []
+    while rows > 1:
+        rows //= 2
+        smaller.append({"train.micro_batch_rows": rows})
+    yield from (change for change in smaller if int(str(change["train.micro_batch_rows"])) * length >= _BUSY_TOKENS)
+    recompute: dict[str, object] = {} if run.train.gradient_checkpointing else {"train.gradient_checkpointing": True}
+    steps: list[dict[str, object]] = [recompute]
+    if run.train.optimizer != "paged_adamw_8bit":
+        steps.append(steps[-1] | {"train.optimizer": "paged_adamw_8bit"})
+    if not isinstance(run.method, LOW_RANK):
+        steps.append(recompute | {"method": "qlora"})
+    elif not isinstance(run.method, QUANTIZED):
+        steps.append(steps[-1] | {"method.name": f"q{run.method.name}"})
+    for step in steps:
+        yield from (step | change for change in ({}, *smaller) if step or change)
+
+
+def _with(run: Run, overrides: dict[str, object]) -> Run:
+    values = run.dump()
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        at = values
+        for part in path:
+            at = at[part]
+        at[last] = {"name": value} if key == "method" else value
+    return Run.model_validate(values)
+
+
+def _yaml(key: str, value: object) -> str:
+    if key == "method":
+        return f"'{{name: {value}}}'"
+    return str(value).lower() if isinstance(value, bool) else str(value)
