@@ -92,7 +92,7 @@ def _matching(source: config.Source) -> list[tuple[str, dict[str, Any]]]:
     try:
         fs, root = filesystem(path)
         if any(c in root for c in "*?["):
-            names = [name for name in fs.glob(root) if fs.isfile(name)]
+            names = [name for name in fs.glob(root) if fs.isfile(name) and not name.rsplit("/", 1)[-1].startswith(".")]
         elif fs.isdir(root):
             names = [name for name in fs.find(root) if _counts(name[len(root) :].lstrip("/"), source)]
         else:

@@ -111,9 +111,14 @@ def _read_template(where: str) -> str:
 
 
 def backend_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer proper as JSON, without the truncation and padding that a call may have left in it."""
+    """The tokenizer proper as JSON, without the truncation and padding that a call may have left in it, and with
+    offsets that include white space (they change no token): a target may be a line break alone."""
     value = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     value["truncation"] = value["padding"] = None
+    last = value.get("post_processor") or {}
+    for processor in [last, *(last.get("processors") or [])]:
+        if "trim_offsets" in processor:
+            processor["trim_offsets"] = False
     return json.dumps(value, ensure_ascii=False)
 
 
