@@ -14,7 +14,7 @@ from ftray.data.prepared import INDEX, Rows
 from ftray.data.readers import Fragment
 from ftray.data.work import HISTOGRAM_BINS, SHOWN_REJECTED, Job
 from ftray.errors import DataError
-from ftray.manifest import filesystem, join, seal, write_text
+from ftray.manifest import filesystem, is_local, join, seal, write_text
 
 REJECTED = "rejected.jsonl"
 _SAMPLES, _SAMPLE_TOKENS = 3, 512
@@ -173,7 +173,7 @@ class Preparation:
     def _samples(self, index: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, Any]]:
         """The first rows, for the report: tokens, targets, provenance."""
         folder = self._job.folder
-        if "://" in folder:
+        if not is_local(folder):
             return []
         rows = Rows(folder, index["shards"]["train"][:1], [], [])
         found = []
@@ -195,7 +195,7 @@ class Preparation:
             name = path[len(root) :].lstrip("/")
             if name not in kept:
                 fs.rm_file(path)
-        if fs.exists(f"{root}/work"):
+        if is_local(self._job.folder):
             fs.rmdir(f"{root}/work")
 
 

@@ -29,7 +29,8 @@ Renderer = Callable[[Mapping[str, Any]], Rendered]
 _PREAMBLE = "Below is an instruction that describes a task"
 _RESPONSE = " Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
 ALPACA = f"{_PREAMBLE}.{_RESPONSE}### Response:\n"
-ALPACA_WITH_INPUT = f"{_PREAMBLE}, paired with an input that provides further context.{_RESPONSE}### Input:\n{{input}}\n\n### Response:\n"
+_FURTHER = ", paired with an input that provides further context."
+ALPACA_WITH_INPUT = f"{_PREAMBLE}{_FURTHER}{_RESPONSE}### Input:\n{{input}}\n\n### Response:\n"
 """Taori et al. 2023, "Stanford Alpaca", with the line break before the response that its users settled on."""
 
 

@@ -33,9 +33,11 @@ def read_csv(fragment: Fragment) -> Iterator[Raw]:
         for record in records(file, fragment.start, fragment.extra["delimiter"], len(header)):
             if fragment.stop is not None and record.position >= fragment.stop:
                 return
-            if record.problem is not None:
+            if record.position == 0:
+                yield blank(record.line, record.lines)._replace(sample="header")
+            elif record.problem is not None:
                 yield Raw(record.line, None, record.problem, record.sample, record.lines)
-            elif record.fields is None or record.position == 0:  # a blank line, or the header itself
+            elif record.fields is None:
                 yield blank(record.line, record.lines)
             else:
                 yield _row(record, header)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,13 @@ def fragments_of(source: config.Source, files: Sequence[File], number: int, spli
     return cut if source.limit is None else _first_rows(cut, source.limit)
 
 
+def raw_rows(source: config.Source) -> Iterator[dict[str, Any]]:
+    """The rows of a source as its files hold them, one after the other in this process; unreadable ones left out.
+    Raises DataError."""
+    for fragment in fragments_of(source, files_of(source), 0, "train"):
+        yield from (raw.value for raw in read(fragment) if raw.value is not None)
+
+
 # ------------------------------------------------------------------------------------------------------------- finding
 
 
@@ -91,14 +97,13 @@ def _matching(source: config.Source) -> list[tuple[str, dict[str, Any]]]:
     path = os.path.expanduser(source.path)
     try:
         fs, root = filesystem(path)
-        if any(c in root for c in "*?["):
+        if fs.isfile(root):  # before globs: a name may hold a bracket
+            names = [root]
+        elif any(c in root for c in "*?["):
             names = [name for name in fs.glob(root) if fs.isfile(name) and not name.rsplit("/", 1)[-1].startswith(".")]
-        elif fs.isdir(root):
-            names = [name for name in fs.find(root) if _counts(name[len(root) :].lstrip("/"), source)]
         else:
-            names = [root] if fs.exists(root) else []
-            if not names and is_local(path) and os.path.exists(glob.escape(root)):
-                names = [root]
+            found = fs.find(root) if fs.isdir(root) else []
+            names = [name for name in found if _counts(name[len(root) :].lstrip("/"), source)]
         if not names and not fs.isdir(root):
             raise _nothing(source.path, root if is_local(path) else None)
         return [(name if is_local(path) else fs.unstrip_protocol(name), fs.info(name)) for name in sorted(names)]

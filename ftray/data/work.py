@@ -23,7 +23,7 @@ from ftray.data.pack import pack
 from ftray.data.readers import Fragment, read
 from ftray.data.rows import BadRow, shortened
 from ftray.data.shards import Packed, ShardWriter, Sink
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, RunError
 from ftray.manifest import digest_of, filesystem, join, read_text, write_text
 
 HISTOGRAM_BINS = 32
@@ -52,18 +52,22 @@ def run_fragment(number: int, fragment: Fragment, job: Job) -> dict[str, Any]:
     """Do a fragment, unless it has been done by a run before. Returns its counts, or {"number", "error"}."""
     key = digest_of([fragment.as_dict(), job.threshold])
     note = join(job.folder, "work", f"{number:06d}.json")
-    done = _done(note, key, job.folder)
-    if done is not None:
-        return done
-    work = _Work(number, fragment, job)
+    work = None
     try:
+        done = _done(note, key, job.folder)
+        if done is not None:
+            return done
+        work = _Work(number, fragment, job)
         result = work.run() | {"key": key}
+        write_text(note, json.dumps(result))
+        return result
     except FtrayError as error:
         return {"number": number, "error": error}
+    except OSError as error:  # reading has errors of its own
+        return {"number": number, "error": RunError(f"prepared data cannot be written: {error}", where=job.folder)}
     finally:
-        work.close()
-    write_text(note, json.dumps(result))
-    return result
+        if work is not None:
+            work.close()
 
 
 def _done(note: str, key: str, folder: str) -> dict[str, Any] | None:
@@ -126,7 +130,7 @@ class _Work:
         for raw in read(self.fragment):
             counts["lines"] = max(counts["lines"], raw.number + raw.lines - 1)
             if raw.is_blank:
-                counts["blank"] += 1
+                counts["blank"] += raw.sample is None  # a header is neither a row nor blank
                 continue
             counts["read"] += 1
             if raw.problem is not None:

@@ -58,9 +58,9 @@ def values(path, **keys):
 def test_json_lines_cut_anywhere(tmp_path, monkeypatch, lines, ends, last, size):
     path = tmp_path / "x.jsonl"
     path.write_bytes((ends.join(lines) + (ends if last else "")).encode())
-    expected = [
-        (number, "not JSON" if line == "no" else json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    read_as = {"no": "not JSON"}
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    expected = [(number, read_as.get(line) or json.loads(line)) for number, line in numbered]
     monkeypatch.setattr(sources, "FRAGMENT_BYTES", size)
     assert rows(path) == expected
 
@@ -191,7 +191,9 @@ def test_json_lines_under_a_json_name(tmp_path):
     assert values(tmp_path / "x.json") == [{"text": "a"}, {"text": "b"}]
 
 
-@pytest.mark.parametrize(("ending", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize(
+    ("ending", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
 def test_compressed_files(tmp_path, ending, compress):
     lines = "".join(f'{{"text": "{i}"}}\n' for i in range(5000))
     path = tmp_path / f"x.jsonl{ending}"
@@ -308,7 +310,11 @@ def test_a_csv_without_a_usable_header(tmp_path):
 
 
 def test_a_hub_name_that_is_not_reachable(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="neither a folder written by save_to_disk nor a data set") as caught:
         fragments("nobody/nothing-here-at-all", reader="datasets")
     assert "subset" in caught.value.hint
