@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ def attach(model: Any, run: Run) -> Any:
     from peft import get_peft_model
 
     torch.manual_seed(run.seed)
-    model = get_peft_model(model.requires_grad_(False), lora_config(run, model), autocast_adapter_dtype=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+        model = get_peft_model(model.requires_grad_(False), lora_config(run, model))
+    model.peft_config["default"].base_model_name_or_path = run.model.path  # PEFT put this machine's folder there
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(ADAPTER_DTYPE)

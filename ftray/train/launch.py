@@ -77,7 +77,7 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
         trainer = TorchTrainer(
             _worker_main,
             train_loop_config={"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])},
-            scaling_config=ScalingConfig(run.workers.count, use_gpu=use_gpu, resources_per_worker=resources),
+            scaling_config=ScalingConfig(num_workers=run.workers.count, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name=f"{run.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,

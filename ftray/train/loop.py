@@ -83,7 +83,7 @@ class _Worker:
         base, self.unquantized = load_base(run, world.device)
         self.model = attach(base, run)
         if run.train.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.activation_checkpointing_enable({"use_reentrant": False})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, run.train)
         self.objective = _distributed(TargetLoss(self.model), self.trained, world)

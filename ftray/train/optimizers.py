@@ -37,29 +37,39 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by path, everything else by path): the optimizer's state without Python objects, so that a commit needs
-    no pickle. Hyperparameters are left out: the run file has them."""
+    no pickle. A tensor that several parameters share (bitsandbytes' code books) is kept once, and the others name it.
+    Hyperparameters are left out: the run file has them."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
-    _flatten("", optimizer.state_dict()["state"], tensors, plain)
+    seen: dict[int, str] = {}
+
+    def flatten(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                flatten(f"{path}/{key}" if path else str(key), item)
+        elif isinstance(value, Tensor) and value.numel() and value.data_ptr() in seen:
+            plain[path] = {_SAME_AS: seen[value.data_ptr()]}
+        elif isinstance(value, Tensor):
+            seen[value.data_ptr()] = path
+            tensors[path] = value.detach().cpu().contiguous()
+        elif value is None or isinstance(value, int | float | str | bool):
+            plain[path] = value
+        else:
+            raise TypeError(f"optimizer state {path} is a {type(value).__name__}, which a commit cannot hold")
+
+    flatten("", optimizer.state_dict()["state"])
     return tensors, plain
 
 
-def _flatten(path: str, value: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _flatten(f"{path}/{key}" if path else str(key), item, tensors, plain)
-    elif value is None or isinstance(value, int | float | str | bool):
-        plain[path] = value
-    else:
-        raise TypeError(f"optimizer state {path} is a {type(value).__name__}, which a commit cannot hold")
+_SAME_AS = "same_as"
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """Put back what `optimizer_state` gave."""
     state: dict[Any, Any] = {}
     for path, value in [*tensors.items(), *plain.items()]:
+        if isinstance(value, dict):
+            value = tensors[value[_SAME_AS]]
         index, *keys = path.split("/")
         at = state.setdefault(int(index), {})
         for key in keys[:-1]:

@@ -1,0 +1,282 @@
+"""The loop without Ray: the same numbers as transformers' Trainer, whatever the layout, and exact resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftray.config import Run
+from ftray.data.order import Order
+from ftray.data.prepared import Row
+from ftray.errors import ConfigError, RunError
+from ftray.model.methods import lora_config
+from ftray.train.loop import train_worker
+from ftray.train.world import World
+from tests.toys import MemoryData, Recorder, random_rows, toy_run
+
+ROWS = random_rows(64)
+HELD_OUT = random_rows(16, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(run: Run, channel: Recorder | None = None, rows: list[Row] = ROWS, held_out: list[Row] | None = None):
+    channel = channel or Recorder()
+    summary = train_worker(run, MemoryData(rows, held_out), World(), channel)  # type: ignore[arg-type]
+    return channel, summary
+
+
+def worst(mine: list[float], theirs: list[float]) -> float:
+    assert len(mine) == len(theirs)
+    return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "artefact" / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_first_50_losses_equal_those_of_trainer_and_peft(tmp_path):
+    run = toy_run(tmp_path / "ours", "train.steps=50", "data.packing=off")
+    ours, _ = trained(run)
+    assert worst(ours.losses, trainer_losses(run, tmp_path / "theirs")) < 1e-4
+
+
+def trainer_losses(run: Run, folder: Path) -> list[float]:
+    """The same run by transformers' Trainer and PEFT."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from ftray.data.tokenizer import local_model_folder
+
+    order = Order(run.seed, [len(ROWS)], [1.0])
+    steps, batch = run.train.steps or 0, run.train.batch_rows
+    ids = order.rows(0, steps * batch)
+    data = [{"input_ids": ROWS[i].tokens, "labels": np.where(ROWS[i].targets, ROWS[i].tokens, -100)} for i in ids]
+
+    def pad(examples, key, value):
+        longest = max(len(e["input_ids"]) for e in examples)
+        return torch.tensor([[*e[key].tolist(), *[value] * (longest - len(e[key]))] for e in examples])
+
+    def collate(examples):
+        real = [{**e, "attention_mask": np.ones(len(e["input_ids"]), int)} for e in examples]
+        keys = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+        return {key: pad(real, key, value) for key, value in keys.items()}
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    base = AutoModelForCausalLM.from_pretrained(local_model_folder(run.model), dtype=torch.float32)
+    config = lora_config(run, base)
+    torch.manual_seed(run.seed)
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        learning_rate=run.train.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = InOrder(get_peft_model(base, config), arguments, data_collator=collate, train_dataset=data)
+    trainer.train()
+    return [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.packing=batch", "train.micro_batch_rows=3", "train.gradient_checkpointing=true"],
+)
+def test_layout_changes_no_loss(tmp_path, override):
+    padded, _ = trained(toy_run(tmp_path / "a", "data.packing=off"))
+    other, _ = trained(toy_run(tmp_path / "b", override))
+    assert worst(other.losses, padded.losses) < 1e-4
+
+
+def test_rows_packed_once_give_the_losses_of_their_single_rows(tmp_path):
+    """corpus packing: four rows laid into one are a quarter of the batch."""
+    order = Order(0, [len(ROWS)], [1.0]).rows(0, len(ROWS))
+    single, _ = trained(toy_run(tmp_path / "a", "train.steps=8", "data.packing=off"))
+    of_order = [ROWS[i] for i in order]
+    joined = [
+        Row(*(np.concatenate(part) for part in zip(*((r.tokens, r.targets, r.sequence_lengths) for r in four), strict=True)))
+        for four in (of_order[i : i + 4] for i in range(0, len(of_order), 4))
+    ]
+    back = np.argsort(Order(0, [len(joined)], [1.0]).rows(0, len(joined)))
+    packed, _ = trained(
+        toy_run(tmp_path / "b", "train.steps=8", "train.batch_rows=2", "data.packing=corpus"), rows=[joined[i] for i in back]
+    )
+    assert worst(packed.losses, single.losses) < 1e-3
+
+
+def test_loss_falls_and_the_artefact_is_complete(tmp_path):
+    channel, summary = trained(toy_run(tmp_path, "train.steps=40", "train.evaluate_every=20", "data.held_out_fraction=0.1"), held_out=HELD_OUT)
+    assert summary["final_loss"] < 0.9 * summary["base_loss"]
+    assert [e["step"] for e in channel.of("evaluation")] == [0, 20, 40]
+    assert {p.name for p in (tmp_path / "artefact").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "ftray.json",
+        "README.md",
+    }
+    facts = json.loads((tmp_path / "artefact/ftray.json").read_text())
+    assert facts["files"]["adapter_model.safetensors"]["size"] > 0
+    assert facts["base"]["sha256"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "qdora"])
+def test_resume_is_exact(tmp_path, method, optimizer):
+    if method != "lora" and optimizer in ("adamw_8bit", "paged_adamw_32bit"):
+        pytest.skip("covered by the other pairs")
+    knobs = f"{{name: {method}, rank: 64, alpha: 64, dropout: 0.1}}"
+    overrides = ("train.steps=9", "train.commit_every=3", f"train.optimizer={optimizer}", "train.precision=bf16")
+    whole, _ = trained(toy_run(tmp_path / "whole", *overrides, method=knobs))
+    run = toy_run(tmp_path / "broken", *overrides, method=knobs)
+    for fail_at in (2, 5, 8):
+        with pytest.raises(InterruptedError):
+            trained(run, Recorder(fail_at=fail_at))
+    channel, summary = trained(run)
+    assert summary["resumed_from"] == 6
+    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "broken"))
+    lines = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["loss"] for line in steps] == whole.losses
+    assert [line["cursor"] for line in steps] == [[8 * i, 8 * i + 8] for i in range(8)] + [[64, 72]]
+
+
+def test_stop_commits_and_the_same_run_goes_on(tmp_path):
+    whole, _ = trained(toy_run(tmp_path / "whole"))
+    run = toy_run(tmp_path / "stopped")
+    _, summary = trained(run, Recorder(stop_at=7))
+    assert summary["reason"] == "stopped"
+    assert summary["artefact"] is None
+    channel, summary = trained(run)
+    assert channel.of("resume")[0]["step"] == 8  # the wish is heard in the step after it
+    assert summary["reason"] == "finished"
+    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "stopped"))
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    run = toy_run(tmp_path, "train.steps=3")
+    trained(run)
+    channel, summary = trained(run)
+    assert not channel.of("step")
+    assert summary["steps"] == 3
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "no manifest"])
+def test_a_damaged_commit_is_passed_over(tmp_path, damage):
+    run = toy_run(tmp_path / "a", "train.commit_every=3", "train.steps=9")
+    with pytest.raises(InterruptedError):
+        trained(run, Recorder(fail_at=7))
+    newest = tmp_path / "a/commits/step-00000006"
+    weights = newest / "model.safetensors"
+    data = weights.read_bytes()
+    if damage == "truncate":
+        weights.write_bytes(data[:-100])
+    elif damage == "flip":
+        weights.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (newest / "manifest.json").unlink()
+    channel, summary = trained(run)
+    assert summary["resumed_from"] == 3
+    assert len(channel.of("warning")) == (0 if damage == "no manifest" else 1)
+    trained(toy_run(tmp_path / "b", "train.commit_every=3", "train.steps=9"))
+    assert same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    trained(toy_run(tmp_path, "train.steps=3"))
+    with pytest.raises(ConfigError, match=r"train.learning_rate: committed with 0.002, now 0.001"):
+        trained(toy_run(tmp_path, "train.steps=3", "train.learning_rate=0.001"))
+
+
+def test_free_settings_may_change(tmp_path):
+    trained(toy_run(tmp_path), Recorder(stop_at=4))
+    _, summary = trained(toy_run(tmp_path, "train.micro_batch_rows=4", "train.commit_every=5"))
+    assert summary["resumed_from"] == 5
+
+
+class Poison:
+    """A row whose embedding is not a number: training on it gives NaN."""
+
+    def __init__(self, monkeypatch, bad_rows: set[int], rows: list[Row]) -> None:
+        from ftray.train import loop
+
+        bad = {rows[i].tokens.tobytes() for i in bad_rows}
+        original = loop.TargetLoss.forward
+
+        def forward(module, batch):
+            loss = original(module, batch)
+            tokens = batch.tokens[0].to(torch.int32).numpy().tobytes()
+            return loss * float("nan") if any(b in tokens for b in bad) else loss
+
+        monkeypatch.setattr(loop.TargetLoss, "forward", forward)
+
+
+def test_a_nan_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
+    Poison(monkeypatch, {int(Order(0, [64], [1.0]).rows(0, 64)[17])}, ROWS)
+    channel, summary = trained(toy_run(tmp_path, "train.steps=8"))
+    assert summary["skipped_steps"] == 1
+    (skip,) = channel.of("skip")
+    assert skip["step"] == 3
+    assert f"memory:{int(Order(0, [64], [1.0]).rows(0, 64)[17]) + 1}" in skip["rows"]
+    assert np.isfinite(adapter(tmp_path)["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].numpy()).all()
+
+
+def test_too_many_nan_steps_in_a_row_stop_the_run_and_name_the_rows(tmp_path, monkeypatch):
+    Poison(monkeypatch, set(range(64)), ROWS)
+    with pytest.raises(RunError, match=r"3 steps in a row .* memory:\d+"):
+        trained(toy_run(tmp_path, "train.max_skipped=2"))
+    assert not (tmp_path / "artefact").exists()
+
+
+def test_early_stopping_ends_and_keeps_the_best(tmp_path):
+    rows = random_rows(8)
+    run = toy_run(
+        tmp_path,
+        "train.steps=200",
+        "train.learning_rate=0.02",
+        "train.evaluate_every=5",
+        "train.early_stopping={patience: 2}",
+        "data.held_out_fraction=0.1",
+    )
+    _, summary = trained(run, rows=rows, held_out=HELD_OUT)
+    assert summary["reason"] == "early stopping"
+    assert summary["steps"] < 200
+    assert summary["artefact_step"] == (summary["best_step"] or summary["steps"])
+
+
+def test_full_tuning_saves_a_model_that_transformers_loads(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    channel, summary = trained(toy_run(tmp_path, "train.steps=5", method="{name: full}"))
+    assert summary["trainable_parameters"] == summary["parameters"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "artefact")
+    assert AutoTokenizer.from_pretrained(tmp_path / "artefact").chat_template
+    assert model.num_parameters() == summary["parameters"]
+    assert channel.losses[-1] < channel.losses[0]
