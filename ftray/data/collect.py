@@ -61,6 +61,7 @@ class Preparation:
         files = {name: f for r in self._results.values() for name, f in r["files"].items() if name.endswith(".arrow")}
         for name in (INDEX, *([REJECTED] if rejected else [])):
             files[name] = _described(folder, name)
+        self._check_written(files)
         self._sweep(set(files))
         seal(folder, facts, files)
         return facts
@@ -187,6 +188,16 @@ class Preparation:
                 }
             )
         return found
+
+    def _check_written(self, files: dict[str, dict[str, Any]]) -> None:
+        fs, root = filesystem(self._job.folder)
+        for name, facts in files.items():
+            if not fs.exists(f"{root}/{name}") or fs.size(f"{root}/{name}") != facts["size"]:
+                raise DataError(
+                    f"a worker wrote {name}, and it is not here",
+                    where=self._job.folder,
+                    hint="set data.cache or output to storage that all machines of the cluster share",
+                )
 
     def _sweep(self, kept: set[str]) -> None:
         """Remove what only the way there needed."""

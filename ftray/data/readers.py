@@ -42,7 +42,7 @@ class Fragment:
     bytes: int = 0
     """Roughly, for the progress."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """csv: delimiter, header. text: column. parquet: columns. datasets: subset, split."""
+    """csv: delimiter, header. text: column. parquet: columns. datasets: columns, subset, split."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

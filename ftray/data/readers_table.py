@@ -63,6 +63,8 @@ def _rows_one_by_one(batch: pa.RecordBatch, before: int) -> Iterator[Raw]:
 
 def read_dataset(fragment: Fragment) -> Iterator[Raw]:
     rows = open_dataset(fragment.uri, fragment.extra["subset"], fragment.extra["split"])
+    wanted = [name for name in rows.column_names if name in fragment.extra["columns"]]
+    rows = rows.select_columns(wanted or rows.column_names[:1])  # an image that nobody asked for is not decoded
     stop = len(rows) if fragment.stop is None else fragment.stop
     for start in range(fragment.start, stop, _BATCH):
         batch = rows[start : min(start + _BATCH, stop)]
@@ -95,5 +97,4 @@ def open_dataset(path: str, subset: str | None, split: str) -> Any:
             where=path,
             hint="check the source's path, `subset` and `split`; a machine without network needs a local folder",
         ) from None
-    columns = found.column_names
-    return found.with_format(None).select_columns(columns)
+    return found.with_format(None)

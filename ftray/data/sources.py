@@ -21,8 +21,8 @@ _KINDS = {
     ".parquet": "parquet", ".pq": "parquet", ".txt": "text", ".md": "text",
 }  # fmt: skip
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
-_HASHED_BYTES = 64 << 20
-"""A local file up to this size is told apart by content; a larger one by size and time."""
+_HASHED_BYTES = 256 << 20
+"""The local files of a source up to this size are told apart by content; larger ones by size and time."""
 
 FRAGMENT_BYTES = 8 << 20
 """A fragment of a text file: some seconds of work."""
@@ -54,7 +54,8 @@ def files_of(source: config.Source) -> list[File]:
     found = _matching(source)
     if not found:
         raise DataError("this folder holds no file that can be read", where=source.path, hint=_readable())
-    return [_file(source, uri, info) for uri, info in found]
+    by_content = sum(int(info.get("size") or 0) for _, info in found) <= _HASHED_BYTES
+    return [_file(source, uri, info, by_content) for uri, info in found]
 
 
 def fragments_of(source: config.Source, files: Sequence[File], number: int, split: str) -> list[Fragment]:
@@ -129,7 +130,7 @@ def _nothing(path: str, local: str | None) -> DataError:
     return DataError("no file is found here", where=path, hint=hint)
 
 
-def _file(source: config.Source, uri: str, info: dict[str, Any]) -> File:
+def _file(source: config.Source, uri: str, info: dict[str, Any], by_content: bool) -> File:
     shown = os.path.relpath(uri) if is_local(uri) and not os.path.isabs(os.path.expanduser(source.path)) else uri
     compression = _COMPRESSIONS.get(Path(uri).suffix.lower())
     kind = source.reader if source.reader != "auto" else _kind(uri)
@@ -143,7 +144,7 @@ def _file(source: config.Source, uri: str, info: dict[str, Any]) -> File:
     extra: dict[str, Any] = {}
     if kind == "csv":
         extra = _csv_facts(uri, compression, shown)
-    return File(shown, uri, kind, compression, size, _fingerprint(uri, size, info), extra)
+    return File(shown, uri, kind, compression, size, _fingerprint(uri, info, by_content), extra)
 
 
 def _kind(name: str) -> str | None:
@@ -160,11 +161,9 @@ def _first_character(uri: str, compression: str | None) -> bytes:
         return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
 
 
-def _fingerprint(uri: str, size: int, info: dict[str, Any]) -> str:
+def _fingerprint(uri: str, info: dict[str, Any], by_content: bool) -> str:
     if is_local(uri):
-        if size <= _HASHED_BYTES:
-            return sha256(uri)
-        return f"size={size} mtime={os.stat(uri).st_mtime_ns}"
+        return sha256(uri) if by_content else f"size={os.path.getsize(uri)} mtime={os.stat(uri).st_mtime_ns}"
     return " ".join(fingerprint(info))
 
 
@@ -194,7 +193,7 @@ def _whole(source: config.Source, file: File, number: int, split: str) -> Fragme
     extra = dict(file.extra)
     if file.kind in ("text", "json"):
         extra["column"] = source.format.column if isinstance(source.format, config.TextFormat) else "text"
-    if file.kind == "parquet":
+    if file.kind in ("parquet", "datasets"):
         extra["columns"] = columns_of(source.format)
     return Fragment(
         number, split, file.path, file.uri, file.kind, compression=file.compression, bytes=file.bytes, extra=extra
