@@ -196,7 +196,7 @@ def trained_text(check: Check) -> str:
     names = list(dict.fromkeys(layer.path.rsplit(".", 1)[-1] for layer in layers))
     ranks = f"rank {method.rank}" + (" and others" if method.rank_pattern else "")
     return (
-        f"{count(plan.trained)} parameters, {percent(plan.share)} of the base's:"
+        f"{count(plan.trained)} of {count(plan.all_parameters)} parameters, {percent(plan.share)}:"
         f" {method.name}, {ranks}, alpha {method.alpha:g},\non {some(len(layers), 'linear layer')}: {', '.join(names)}"
     )
 

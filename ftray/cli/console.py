@@ -14,6 +14,7 @@ import math
 import sys
 import threading
 import time
+from collections import deque
 from typing import Any, TextIO
 
 from ftray.cli.words import count, duration, percent, some
@@ -25,17 +26,23 @@ _ENDS = {"stopped": "stopped, and committed", "early stopping": "ended early: he
 
 
 class Pace:
-    """Seconds a step lately, and what is left: a mean that forgets (each step weighs a twentieth)."""
+    """How fast the last steps were, and what is left at that pace."""
 
-    def __init__(self) -> None:
-        self.step_seconds: float | None = None
+    def __init__(self, steps: int = 20) -> None:
+        self._seconds: deque[float] = deque(maxlen=steps)
+        self._tokens: deque[int] = deque(maxlen=steps)
 
-    def add(self, seconds: float) -> None:
-        old = self.step_seconds
-        self.step_seconds = seconds if old is None else old + (seconds - old) / 20
+    def add(self, seconds: float, target_tokens: int) -> None:
+        self._seconds.append(seconds)
+        self._tokens.append(target_tokens)
 
-    def left(self, steps: int) -> float | None:
-        return None if self.step_seconds is None else self.step_seconds * max(steps, 0)
+    @property
+    def tokens_per_second(self) -> float:
+        """Target tokens."""
+        return sum(self._tokens) / max(sum(self._seconds), 1e-9)
+
+    def seconds_left(self, steps: int) -> float | None:
+        return sum(self._seconds) / len(self._seconds) * max(steps, 0) if self._seconds else None
 
 
 class PlainConsole:
@@ -90,18 +97,18 @@ class PlainConsole:
         self.line(f"going on after step {count(e['step'])}, the last commit")
 
     def on_step(self, e: Event) -> None:
-        self.pace.add(e["seconds"])
+        self.pace.add(e["seconds"], e["target_tokens"])
         step = e["step"]
         if step % self.every == 0 or step == self.steps:
             self.line(self.step_text(e))
 
     def step_text(self, e: Event) -> str:
-        left = duration(self.pace.left(self.steps - e["step"]))
+        left = duration(self.pace.seconds_left(self.steps - e["step"]))
         parts = [
             f"step {count(e['step'])}/{count(self.steps)}",
             f"loss {e['loss']:.4f}",
             f"rate {e['learning_rate']:.2e}",
-            f"{count(e['target_tokens_per_second'])} target tokens/s",
+            f"{count(self.pace.tokens_per_second)} target tokens/s",
         ]
         if e.get("skipped"):
             parts.append(f"{e['skipped']} skipped")
@@ -180,9 +187,9 @@ class TerminalConsole(PlainConsole):
         self._show("training", self.steps, e.get("step", 0), "steps")
 
     def on_step(self, e: Event) -> None:
-        self.pace.add(e["seconds"])
-        speed = f"{count(e['target_tokens_per_second'])} target tokens/s"
-        left = f"{duration(self.pace.left(self.steps - e['step']))} left"
+        self.pace.add(e["seconds"], e["target_tokens"])
+        speed = f"{count(self.pace.tokens_per_second)} target tokens/s"
+        left = f"{duration(self.pace.seconds_left(self.steps - e['step']))} left"
         text = " · ".join(filter(None, [f"loss {e['loss']:.4f}", self._held_out, speed, left]))
         self._show("training", self.steps, e["step"], text)
 
@@ -229,7 +236,7 @@ def describe_start(e: Event) -> list[str]:
     split = batch_split(e["workers"], e["accumulation"])
     lines = [f"training: {some(e['steps'], 'step')} of {some(e['batch_rows'], 'row')} ({split}) on {e['device']}"]
     trained, whole = e["trainable_parameters"], e["parameters"]
-    lines.append(f"trained parameters: {count(trained)}, {percent(trained / whole)} of {count(whole)}")
+    lines.append(f"trained: {count(trained)} of {count(whole)} parameters, {percent(trained / whole)}")
     if names := e.get("unquantized"):
         shown = ", ".join(names[:3]) + (f" and {count(len(names) - 3)} more" if len(names) > 3 else "")
         lines.append(f"warning: NF4 cannot hold {some(len(names), 'layer')}, left unquantized: {shown}")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import click
 import typer
 
 from ftray.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER, FtrayError, RunStopped
 
-REPORT_TO = "the project's issue tracker"
+UsageError: Any = typer.BadParameter.__base__
+"""Of click, or of the copy of it that newer versions of typer carry: what a wrong command line raises."""
 
 app = typer.Typer(
     name="ftray",
@@ -95,7 +95,7 @@ def check(
         _print_json(Run.model_json_schema())
         return
     if run is None:
-        raise click.UsageError("Missing argument 'RUN'.")
+        raise UsageError("Missing argument 'RUN'.")
     from ftray.cli.check import check as check_run
     from ftray.cli.check import describe, require_data
 
@@ -184,10 +184,10 @@ def call(arguments: list[str]) -> int:
     goes through, with its traceback."""
     try:
         return app(arguments, standalone_mode=False) or EXIT_OK
-    except click.ClickException as error:
+    except UsageError as error:
         error.show()
         return EXIT_USER
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has left
@@ -201,7 +201,7 @@ def call(arguments: list[str]) -> int:
         print(_told(error), file=sys.stderr)
         return error.exit_code
     except Exception:
-        print(f"This is a bug in ftray; please report it with what follows, to {REPORT_TO}.\n", file=sys.stderr)
+        print("This is a bug in ftray; please report it, with the command and what follows.\n", file=sys.stderr)
         raise
 
 

@@ -59,7 +59,8 @@ def summary_text(summary: dict[str, Any], report: str | None) -> str:
     if s.get("base_loss") is not None:
         pairs.append(("held-out loss", held_out_text(s)))
     trained, whole = s["trainable_parameters"], s["parameters"]
-    pairs.append(("trained", f"{count(trained)} of {count(whole)} parameters ({s['method']})"))
+    share = percent(trained / whole)
+    pairs.append(("trained", f"{count(trained)} of {count(whole)} parameters, {share} ({s['method']})"))
     pairs.append(("speed", f"{count(s['target_tokens_per_second'])} target tokens/s on {s['workers']} worker(s)"))
     if s.get("skipped_steps"):
         pairs.append(("skipped", f"{count(s['skipped_steps'])} steps whose loss or gradient was not finite"))

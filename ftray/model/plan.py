@@ -58,6 +58,8 @@ class Plan:
     """Of the base."""
     trained: int
     """Parameters that the method trains."""
+    adds: bool
+    """They are added to the base's; false: they are the base's own."""
     unquantized: tuple[str, ...]
     """Linear layers that NF4 cannot hold. Empty without quantization."""
     tokens: int
@@ -67,9 +69,14 @@ class Plan:
     """`workers.gpu_memory_gib`."""
 
     @property
+    def all_parameters(self) -> int:
+        """Of the base and what the method adds to it."""
+        return self.parameters + (self.trained if self.adds else 0)
+
+    @property
     def share(self) -> float:
-        """Trained parameters as a share of the base's."""
-        return self.trained / self.parameters
+        """Trained parameters as a share of all."""
+        return self.trained / self.all_parameters
 
     @property
     def total_gib(self) -> float:
@@ -88,6 +95,7 @@ class Plan:
         return {
             "parameters": self.parameters,
             "trained_parameters": self.trained,
+            "all_parameters": self.all_parameters,
             "trained_share": self.share,
             "unquantized": list(self.unquantized),
             "micro_batch_tokens": self.tokens,
@@ -107,6 +115,7 @@ def make_plan(run: Run, shapes: Shapes) -> Plan:
     return Plan(
         parameters=shapes.parameters,
         trained=sum(tensors),
+        adds=isinstance(run.method, LOW_RANK),
         unquantized=tuple(shapes.unquantized()) if isinstance(run.method, QUANTIZED) else (),
         tokens=micro_batch_tokens(run),
         items=(*items, slack, context),
