@@ -76,7 +76,8 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
     with tempfile.TemporaryDirectory(prefix="ftray-ray-") as scratch:
         trainer = TorchTrainer(
             _worker_main,
-            train_loop_config={"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])},
+            train_loop_config={"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
+            | {"folder": os.getcwd()},
             scaling_config=ScalingConfig(num_workers=run.workers.count, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name=f"{run.name}-{uuid.uuid4().hex[:8]}",
@@ -138,6 +139,8 @@ def _worker_main(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(max(1, config["threads"]))
+    if os.path.isdir(config["folder"]):  # Ray Train moves its workers; a run file means the user's folder
+        os.chdir(config["folder"])
     channel = _BoardChannel(config["board"], world.rank)
     try:
         summary = train_worker(Run.model_validate(config["run"]), PreparedData.open(config["data"]), world, channel)
