@@ -141,7 +141,7 @@ def tiles(record: RunRecord, comparison: dict[str, Any] | None) -> list[dict[str
         below = f"of {count(total)}" if total and total != steps[-1]["step"] else f"{short(targets)} target tokens"
         shown.append(("Steps", count(steps[-1]["step"]), below))
         seconds = summary.get("seconds") or sum(e.get("seconds") or 0.0 for e in steps)
-        shown.append(("Time", duration(seconds), "in all" if summary.get("seconds") else "in steps"))
+        shown.append(("Time", duration(seconds), "in training steps"))
         speed = np.nanmedian(record.series("step", "target_tokens_per_second")[1])
         if np.isfinite(speed):
             shown.append(("Speed", short(speed), "target tokens/s, median"))
