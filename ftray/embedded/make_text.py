@@ -18,7 +18,7 @@ from typing import Any
 
 from ftray.embedded.text import stories, tasks
 from ftray.embedded.text import words as w
-from ftray.embedded.text.sentences import listed, passage, person, question, sentence, thing, town
+from ftray.embedded.text.sentences import listed, made_up, passage, person, question, sentence, thing, town
 
 SYSTEM_SHORT = (
     "Answer in as few words as you can.",
@@ -123,6 +123,50 @@ def common(r: Random) -> str:
     return f"{r.choice(frames)} {sentence(r)}"
 
 
+def repeats(r: Random) -> str:
+    """A line of unrelated words, then the same again: nothing but copying predicts the second half."""
+    items = _unrelated(r, r.randint(3, 9))
+    between, after = r.choice((" ", ", ", "; ", " / ", " - ")), r.choice((" ", "\n", ". ", " | "))
+    return after.join([between.join(items)] * r.choice((2, 2, 3, 4)))
+
+
+def recall(r: Random) -> str:
+    """Pairs of unrelated words, then some of them again, in another order."""
+    n = r.randint(2, 5)
+    items = _unrelated(r, 2 * n)
+    sign, end = r.choice((" = ", ": ", " -> ", " is ", "[")), r.choice((", ", "; ", "\n", ". "))
+    close = "]" if sign == "[" else ""
+    told = [f"{a}{sign}{b}{close}" for a, b in zip(items[:n], items[n:], strict=True)]
+    again = [r.choice(told) for _ in range(r.randint(2, 5))]
+    return end.join(told + again)
+
+
+def _unrelated(r: Random, n: int) -> list[str]:
+    pools = (w.COMMON, w.COMMON, w.THINGS, w.WOMEN, w.MEN, w.SURNAMES, w.TOWNS)
+    return [made_up(r) if r.random() < 0.35 else r.choice(r.choice(pools)) for _ in range(n)]
+
+
+def copying_chat(r: Random) -> str:
+    """One or two turns whose answers stand in their questions."""
+    parts = []
+    for _ in range(r.choice((1, 1, 2))):
+        ask, _, full = _pick(r, COPYING_TASKS)(r)
+        parts.append(f"<|user|>{ask}<|end|><|assistant|>{full}<|end|>")
+    return "".join(parts)
+
+
+COPYING_TASKS = (
+    (tasks.copy, 4),
+    (tasks.describe, 4),
+    (tasks.transform, 2),
+    (tasks.about_person, 2),
+    (tasks.about_thing, 2),
+    (tasks.extract, 2),
+    (tasks.where_is, 2),
+    (tasks.intent, 2),
+)
+
+
 def draw_task(r: Random) -> tasks.Task:
     return _pick(r, tasks.TASKS)(r)
 
@@ -150,23 +194,25 @@ DOCUMENTS: tuple[tuple[Callable[[Random], str], float], ...] = (
     (stories.talk, 2),
 )
 """Kinds of row and their weights."""
+COPYING = (*DOCUMENTS, (repeats, 40), (recall, 25), (copying_chat, 35))
+"""The same, and as much again that only copying predicts."""
 
 
 def _pick(r: Random, table: Sequence[tuple[Callable[[Random], Any], float]]) -> Callable[[Random], Any]:
     return r.choices([f for f, _ in table], [weight for _, weight in table])[0]
 
 
-def row(seed: int, i: int) -> str:
+def row(seed: int, i: int, *, copying: bool = False) -> str:
     """The text of row `i`."""
     r = Random(f"{seed}:{i}")
-    return _pick(r, DOCUMENTS)(r)
+    return _pick(r, COPYING if copying else DOCUMENTS)(r)
 
 
-def write(out: Path, rows: int, seed: int) -> None:
+def write(out: Path, rows: int, seed: int, *, copying: bool = False) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for i in range(rows):
-            file.write(json.dumps({"text": row(seed, i)}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"text": row(seed, i, copying=copying)}, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
@@ -174,8 +220,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the JSONL file to write")
     parser.add_argument("--rows", type=int, default=120_000, help="rows to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other rows (default: %(default)s)")
+    parser.add_argument("--copying", action="store_true", help="half of the rows ask for copying from the context")
     arguments = parser.parse_args()
-    write(arguments.out, arguments.rows, arguments.seed)
+    write(arguments.out, arguments.rows, arguments.seed, copying=arguments.copying)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Attention over packed rows: linear layers see one row without padding, attention sees one sequence a row.
 
 Packed sequences must not see each other. A block-diagonal mask over the packed row costs T² whatever the lengths; here
-queries, keys and values are laid out as [sequences, longest] for the product alone, where plain causal attention needs
-no mask: padding stands behind the real tokens, so no real token ever sees it. Both layout changes are gathers, forward
-and backward, so that results do not depend on the order of atomic additions.
+queries, keys and values are laid out as padded sequences for the product alone, sequences of like length together, where
+plain causal attention needs no mask: padding stands behind the real tokens, so no real token ever sees it. Both layout
+changes are gathers, forward and backward, so that results do not depend on the order of atomic additions.
 
-Shapes: T tokens of the packed row, S sequences, L the longest, H heads, D size of a head.
+Shapes: T tokens of the packed row, S sequences of a group, L its longest, P places of all groups, H heads, D a head.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IMPLEMENTATION = "ftray_packed"
+LIKE_LENGTH = 0.7
+"""A group's shortest sequence is at least this share of its longest. Cost goes by S·L²; each group costs launches."""
+PLAIN_LENGTH = 256
+"""Up to this length bf16 attention on a CPU is two batched products and a softmax. Measured on 2 cores, 16 sequences,
+8 heads of 64, forward and backward: 9 ms against 46 ms of torch's flash kernel at length 100, 217 against 234 at 400."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +29,42 @@ class Packed:
     """Where each token of a packed row lies among padded sequences."""
 
     to_padded: Tensor
-    """int64 [S·L]: token of the packed row at each padded place; T (one past the end) where there is none."""
+    """int64 [P]: token of the packed row at each padded place; T (one past the end) where there is none."""
     to_packed: Tensor
     """int64 [T]: padded place of each token of the packed row."""
-    sequences: int
-    longest: int
+    groups: tuple[tuple[int, int], ...]
+    """(S, L) of each group; the places of one follow those of the one before."""
 
     @classmethod
-    def of(cls, lengths: Tensor, device: torch.device | str = "cpu") -> Packed:
-        """`lengths` int [S] on the host: tokens of each sequence, in order."""
+    def of(cls, lengths: Tensor) -> Packed:
+        """`lengths` int [number of sequences], on the host: tokens of each sequence, in order."""
         lengths = lengths.to(torch.int64)
-        sequences, longest = len(lengths), int(lengths.max())
         starts = lengths.cumsum(0) - lengths
-        place = torch.arange(longest)
-        inside = place[None, :] < lengths[:, None]
         total = int(lengths.sum())
-        to_padded = torch.where(inside, starts[:, None] + place[None, :], total).reshape(-1)
-        to_packed = torch.nonzero(inside.reshape(-1)).reshape(-1)
-        return cls(to_padded.to(device), to_packed.to(device), sequences, longest)
+        order = torch.argsort(lengths, descending=True, stable=True)
+        groups = _groups(lengths[order].tolist())
+        padded, first = [], 0
+        for count, longest in groups:
+            members = order[first : first + count]
+            place = torch.arange(longest)
+            inside = place[None, :] < lengths[members, None]
+            padded.append(torch.where(inside, starts[members, None] + place[None, :], total).reshape(-1))
+            first += count
+        to_padded = torch.cat(padded)
+        to_packed = torch.empty(total + 1, dtype=torch.int64)
+        to_packed[to_padded] = torch.arange(len(to_padded))
+        return cls(to_padded, to_packed[:total].clone(), groups)
+
+
+def _groups(descending: list[int]) -> tuple[tuple[int, int], ...]:
+    """(count, longest) of runs of like length."""
+    groups: list[tuple[int, int]] = []
+    for length in descending:
+        if groups and length >= LIKE_LENGTH * groups[-1][1]:
+            groups[-1] = (groups[-1][0] + 1, groups[-1][1])
+        else:
+            groups.append((1, length))
+    return tuple(groups)
 
 
 class _Gather(torch.autograd.Function):
@@ -84,30 +107,35 @@ def packed_attention(
     """
     if softcap is not None:
         raise NotImplementedError("this attention has no soft cap; the base must use its own implementation")
-    if packed is None:
+    if packed is None or packed.groups == ((1, query.shape[2]),):
         out = _causal(query, key, value, scaling, dropout, sliding_window)
         return out.transpose(1, 2).contiguous(), None
 
-    if packed.sequences == 1:
-        out = _causal(query, key, value, scaling, dropout, sliding_window)
-        return out.transpose(1, 2).contiguous(), None
+    def pad(x: Tensor) -> Tensor:  # [1, H, T, D] → [P, H, D]
+        return _Gather.apply(x[0].transpose(0, 1), packed.to_padded, packed.to_packed)
 
-    def pad(x: Tensor) -> Tensor:  # [1, H, T, D] → [S, H, L, D]
-        rows = x[0].transpose(0, 1)
-        padded = _Gather.apply(rows, packed.to_padded, packed.to_packed)
-        return padded.view(packed.sequences, packed.longest, *rows.shape[1:]).transpose(1, 2)
+    places = [count * longest for count, longest in packed.groups]
+    pieces = zip(*(pad(x).split(places) for x in (query, key, value)), strict=True)
+    rows = [
+        _causal(*(x.unflatten(0, group).transpose(1, 2) for x in piece), scaling, dropout, sliding_window)
+        .transpose(1, 2)
+        .flatten(0, 1)
+        for group, piece in zip(packed.groups, pieces, strict=True)
+    ]
+    return _Gather.apply(torch.cat(rows), packed.to_packed, packed.to_padded)[None], None
 
-    out = _causal(pad(query), pad(key), pad(value), scaling, dropout, sliding_window)
-    rows = out.transpose(1, 2).reshape(packed.sequences * packed.longest, *out.shape[1::2])
-    return _Gather.apply(rows, packed.to_packed, packed.to_padded)[None], None
 
-
-def _causal(query, key, value, scaling, dropout, sliding_window) -> Tensor:
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, sliding_window: int | None
+) -> Tensor:
+    """[S, H, L, D] → [S, H, L, D]"""
     mask, length = None, query.shape[2]
     if sliding_window is not None and length > sliding_window:
         place = torch.arange(length, device=query.device)
         distance = place[:, None] - place[None, :]
         mask = (distance >= 0) & (distance < sliding_window)
+    elif query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= PLAIN_LENGTH and not dropout:
+        return _plain(query, key, value, scaling)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -118,6 +146,15 @@ def _causal(query, key, value, scaling, dropout, sliding_window) -> Tensor:
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    length, repeat = query.shape[2], query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
+    scores = (query @ key.transpose(-1, -2)) * (scaling or query.shape[-1] ** -0.5) + future
+    return torch.softmax(scores, -1) @ value
 
 
 def register() -> None:

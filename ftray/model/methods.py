@@ -34,6 +34,9 @@ def attach(model: Any, run: Run) -> Any:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(ADAPTER_DTYPE)
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):  # PEFT would copy every input to fp32 and autocast back again
+            module.cast_input_dtype_enabled = run.train.precision != "bf16"
     return model
 
 

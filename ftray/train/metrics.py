@@ -41,6 +41,7 @@ class MetricsLog:
     def write(self, event: dict[str, Any]) -> None:
         if event["kind"] in KEPT:
             self._file.write(orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE))
+            self._file.flush()  # so that the file can be followed
 
     def flush(self) -> int:
         """Make all lines last; returns the file's length in bytes."""
