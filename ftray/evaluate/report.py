@@ -171,6 +171,7 @@ def data_section(record: RunRecord) -> dict[str, Any] | None:
         "read": rows.get("read"),
         "rejected": rows.get("rejected") or 0,
         "truncated": rows.get("truncated") or 0,
+        "sequences": rows.get("sequences") if facts.get("packing") == "corpus" else None,
         "reasons": reasons[:_SHOWN],
         "reasons_more": max(0, len(reasons) - _SHOWN),
         "sources": sources[:_SHOWN],

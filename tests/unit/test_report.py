@@ -148,7 +148,7 @@ def test_data_counts_and_reasons(folder):
     assert page.row("Training") == ["Training", "950", "40,000", "12,345", "30.9\N{NO-BREAK SPACE}%"]
     assert page.row("Held-out")[1] == "100"
     assert page.row("the row is not JSON") == ["the row is not JSON", "5"]
-    assert page.row("s3://***@bucket/cheese.jsonl") == ["s3://***@bucket/cheese.jsonl", "1,050", "7"]
+    assert page.row("s3://***@bucket/cheese.jsonl") == ["s3://***@bucket/cheese.jsonl", "train", "1,050", "7"]
     assert "1,057 rows read, 7 refused, 3 truncated. At most 64 tokens a row. Packing: batch." in page.text
 
 
