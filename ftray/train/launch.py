@@ -13,6 +13,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +89,8 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
         )
         with _relay(board, on_event, stop), _silent(not verbose):
             try:
-                trainer.fit()
+                with ThreadPoolExecutor(1) as pool:  # on the main thread it would take Ctrl-C over, and abort
+                    pool.submit(trainer.fit).result()
             except Exception as error:  # noqa: BLE001 - what Ray raises has many types; the board knows the cause
                 failure = error
             else:
