@@ -94,7 +94,9 @@ class PlainConsole:
             self.line(text)
 
     def on_resume(self, e: Event) -> None:
-        self.line(f"going on after step {count(e['step'])}, the last commit")
+        whole = self.steps and e["step"] >= self.steps
+        text = "that was its last" if whole else "the last commit"
+        self.line(f"going on after step {count(e['step'])}, {text}")
 
     def on_step(self, e: Event) -> None:
         self.pace.add(e["seconds"], e["target_tokens"])

@@ -33,7 +33,7 @@ def quickstart_command(output: str, *, as_json: bool, verbose: bool) -> int:
     if as_json:
         opening({"kind": "quickstart", "tenants": results, "seconds": time.perf_counter() - started})
     else:
-        print(f"\n{quickstart_text(results)}\n\nall of it took {duration(time.perf_counter() - started)}")
+        print(f"\n{quickstart_text(results)}\nall of it took {duration(time.perf_counter() - started)}")
     return EXIT_OK
 
 
@@ -46,7 +46,9 @@ def quickstart_text(results: dict[str, dict[str, Any]]) -> str:
         rows.append((tenant, *figures, s["artefact"]))
     head = ("tenant", "base loss", "tuned loss", "ratio", "seconds", "artefact")
     reports = [f"report of {tenant}: {s['report']}" for tenant, s in results.items() if s.get("report")]
-    return "\n".join([table(head, rows, right=(1, 2, 3, 4)), "", *reports])
+    note = "loss: nats a target token, on held-out rows"
+    nexts = "next: open a report; then `ftray recipes` and `ftray check RECIPE` for rows and a base of your own"
+    return "\n".join([table(head, rows, right=(1, 2, 3, 4)), note, "", *reports, nexts])
 
 
 def _tuned(summary: dict[str, Any]) -> float:

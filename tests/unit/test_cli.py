@@ -387,7 +387,7 @@ def test_summary() -> None:
 
 def test_quickstart_table() -> None:
     told = quickstart_text({"cheese": SUMMARY | {"report": "r.html"}, "restaurant": SUMMARY | {"report": None}})
-    head, _, cheese, restaurant, _, report = told.splitlines()
+    head, _, cheese, restaurant, _, _, report, _ = told.splitlines()
     assert head.split() == ["tenant", "base", "loss", "tuned", "loss", "ratio", "seconds", "artefact"]
     assert cheese.split() == ["cheese", "4.0000", "1.0000", "0.25", "61", "runs/a/artefact"]
     assert restaurant.startswith("restaurant")
