@@ -85,15 +85,16 @@ def _rejected_text(run: Run, found: dict[str, Any]) -> str:
 
 
 def histogram(found: dict[str, Sequence[float]], most: int) -> str:
-    """Bars of rows by tokens; empty bins above the longest row are left out."""
+    """Bars of rows by tokens; empty bins below the shortest and above the longest row are left out."""
     edges, counts = found["edges"], [int(n) for n in found["counts"]]
-    used = max((i for i, n in enumerate(counts) if n), default=-1) + 1
+    used = [i for i, n in enumerate(counts) if n]
     if not used:
         return "no rows"
-    together = -(-used // 16)  # bins a line, so that no more than 16 lines are needed
+    together = -(-(used[-1] + 1 - used[0]) // 16)  # bins a line, so that no more than 16 lines are needed
+    starts = range(used[0], used[-1] + 1, together)
+    highest = max(sum(counts[i : i + together]) for i in starts)
     lines = []
-    highest = max(sum(counts[i : i + together]) for i in range(0, used, together))
-    for i in range(0, used, together):
+    for i in starts:
         number = sum(counts[i : i + together])
         low, high = edges[i], edges[min(i + together, len(edges) - 1)]
         bar = "█" * round(_BAR * number / highest) or ("▏" if number else "")

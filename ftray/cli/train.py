@@ -45,7 +45,7 @@ def _report(run: Run, console: PlainConsole) -> str | None:
 
     try:
         return str(write_report(run.folder))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with the page, the run is whole
         console({"kind": "warning", "text": f"no report: {type(error).__name__}: {error}"})
         return None
 

@@ -50,7 +50,10 @@ class Feed:
     def step_at(self, cursor: int) -> StepRows:
         start, stop = step_range(cursor, self.batch_rows, self.order.rows_per_epoch)
         ids = self.order.rows(start, stop)
-        mine = assign(ids, self.rows.lengths[ids], self.world.size, self.micro_batch_rows)[self.world.rank]
+        shares = assign(
+            ids, self.rows.lengths[ids], self.world.size, self.micro_batch_rows, padded=not self.packed
+        )
+        mine = shares[self.world.rank]
         batches = [collate([self.rows[int(i)] for i in micro], self.pad_id, packed=self.packed) for micro in mine]
         return StepRows(
             cursor=(start, stop),

@@ -260,12 +260,13 @@ class _Worker:
 
     def _held_out_loss(self, rows: Rows) -> tuple[float, int]:
         ids = np.arange(min(len(rows), self.run.train.evaluate_rows or len(rows)))
-        mine = assign(ids, rows.lengths[ids], self.world.size, self.run.train.micro_batch_rows)[self.world.rank]
+        micro = self.run.train.micro_batch_rows  # rows of like length together, whether padded or not
+        mine = assign(ids, rows.lengths[ids], self.world.size, micro, padded=True)[self.world.rank]
         total = 0.0
         objective = self.objective.module if self.world.size > 1 else self.objective
         with evaluating(self.model), self._autocast():
-            for micro in mine:
-                batch = collate([rows[int(i)] for i in micro], self.pad_id, packed=self.run.data.packing != "off")
+            for few in mine:
+                batch = collate([rows[int(i)] for i in few], self.pad_id, packed=self.run.data.packing != "off")
                 total += float(objective(batch.to(self.world.device)))
         (total,) = self.world.sum(total)
         targets = int(rows.target_counts[ids].sum())
