@@ -263,7 +263,7 @@ class Train(Strict):
     """What forward and backward compute in, and what frozen weights that are not quantized are held in. Trained weights
     and their optimizer state stay fp32."""
     gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: activations of one block instead of all, for about a third more time."""
+    """Recompute each block in the backward pass: activations of one block instead of all, for a third more time."""
     evaluate_every: int | None = Field(None, ge=1)
     """Steps between evaluations on held-out rows; null: at the start and the end alone."""
     evaluate_rows: int | None = Field(None, ge=1)
@@ -331,7 +331,7 @@ class Run(Strict):
         train, workers = self.train, self.workers
         if self.model.random_weights and not isinstance(self.method, Full):
             raise ValueError(
-                f"model.random_weights with method {self.method.name!r} would adapt noise; use method `full` to pretrain"
+                f"model.random_weights with method {self.method.name!r} would adapt noise; pretrain with method `full`"
             )
         if train.batch_rows < workers.count:
             raise ValueError(
@@ -458,7 +458,9 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _interpolate(value: Any, name: str) -> Any:
@@ -578,8 +580,8 @@ def _without_tags(loc: tuple[Any, ...]) -> list[str]:
 
 def _model_at(loc: tuple[Any, ...]) -> type[BaseModel] | None:
     model: Any = Run
-    for _, _, model in _walk(loc[:-1]):
-        pass
+    for _, _, found in _walk(loc[:-1]):
+        model = found
     members = _members(model)
     return members[0] if members else None
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def in_a_job() -> bool:
@@ -30,7 +31,7 @@ def ray_session(*, verbose: bool = False, cpus: int | None = None) -> Iterator[N
         return
     here = os.getcwd()
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    options = {
+    options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "runtime_env": {"env_vars": {"PYTHONPATH": path} | _worker_environment(verbose)},

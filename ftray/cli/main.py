@@ -33,7 +33,7 @@ RunName = Annotated[str, _RUN]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]…",
+        metavar="KEY=VALUE",
         help="Keys of the run file to change, dotted: train.steps=100 data.sources.0.path=rows.jsonl",
         show_default=False,
     ),
@@ -141,7 +141,7 @@ def train(run: RunName, overrides: Overrides = None, as_json: Json = False, verb
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """List the shipped recipes, or print one.

@@ -25,7 +25,7 @@ NF4_BLOCK = 64
 
 
 def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[str]]:
-    """(the base on `device`, names of the linear layers that had to stay unquantized).
+    """(the base on `device`, names of the linear layers that had to stay unquantized)
 
     Trained from scratch (`model.random_weights`), weights are drawn from the run's seed. Full tuning holds weights in
     fp32; otherwise the frozen base takes `train.precision`. Raises ModelError.
@@ -53,11 +53,12 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
         unquantized = misfits(config, run.model.trust_remote_code)
         options["quantization_config"] = _nf4(run, unquantized)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map={"": device}, output_loading_info=True, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights cannot be loaded: {_first_line(error)}", where=folder) from None
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -82,7 +83,7 @@ def _nf4(run: Run, unquantized: list[str]):
 
 
 def misfits(config: Any, trust_remote_code: bool = False) -> list[str]:
-    """Names of the linear layers, the output head aside, whose shape NF4 cannot hold. Builds the model without memory."""
+    """Names of the linear layers but the head whose shape NF4 cannot hold. Builds the model without memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

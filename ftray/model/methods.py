@@ -118,5 +118,7 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != state[name].shape:
-                raise ModelError(f"{name} is {tuple(parameter.shape)} here and {tuple(state[name].shape)} in the commit")
+                raise ModelError(
+                    f"{name} is {tuple(parameter.shape)} here and {tuple(state[name].shape)} in the commit"
+                )
             parameter.copy_(state[name])

@@ -1,4 +1,4 @@
-"""The artefact: what a run leaves for others. A PEFT adapter folder, or a transformers model folder, and `ftray.json`."""
+"""The artefact: what a run leaves for others. A PEFT adapter or a transformers model folder, and `ftray.json`."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dic
         "run": run.dump(),
         "step": summary["artefact_step"],
         "metrics": {
-            key: summary[key] for key in ("base_loss", "best_loss", "final_loss", "target_tokens", "trainable_parameters")
+            key: summary[key]
+            for key in ("base_loss", "best_loss", "final_loss", "target_tokens", "trainable_parameters")
         },
     }
 

@@ -71,10 +71,13 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def place_of(folder: str, step: int) -> str:
+    return join(folder, "commits", name_of(step))
+
+
 def write(folder: str, commit: Commit) -> str:
     """Write RUN/commits/step-N and return its path. An older folder of that name, damaged or not, is replaced."""
-    root = join(folder, "commits")
-    target = join(root, name_of(commit.progress.step))
+    root, target = join(folder, "commits"), place_of(folder, commit.progress.step)
     if is_local(root):
         local = Path(filesystem(root)[1])
         local.mkdir(parents=True, exist_ok=True)
@@ -138,7 +141,7 @@ def steps_of(folder: str) -> list[int]:
 def latest(folder: str, warn: Callable[[str], None]) -> Commit | None:
     """The newest commit that verifies, or None. A damaged one is passed over with a warning."""
     for step in reversed(steps_of(folder)):
-        where = join(folder, "commits", name_of(step))
+        where = place_of(folder, step)
         try:
             if read_manifest(where) is None:
                 continue  # litter of a crash: it never counted

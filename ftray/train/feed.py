@@ -31,7 +31,15 @@ class StepRows:
 
 class Feed:
     def __init__(
-        self, rows: Rows, order: Order, world: World, *, batch_rows: int, micro_batch_rows: int, pad_id: int, packed: bool
+        self,
+        rows: Rows,
+        order: Order,
+        world: World,
+        *,
+        batch_rows: int,
+        micro_batch_rows: int,
+        pad_id: int,
+        packed: bool,
     ) -> None:
         self.rows, self.order, self.world = rows, order, world
         self.batch_rows, self.micro_batch_rows = batch_rows, micro_batch_rows
@@ -50,9 +58,7 @@ class Feed:
     def step_at(self, cursor: int) -> StepRows:
         start, stop = step_range(cursor, self.batch_rows, self.order.rows_per_epoch)
         ids = self.order.rows(start, stop)
-        shares = assign(
-            ids, self.rows.lengths[ids], self.world.size, self.micro_batch_rows, padded=not self.packed
-        )
+        shares = assign(ids, self.rows.lengths[ids], self.world.size, self.micro_batch_rows, padded=not self.packed)
         mine = shares[self.world.rank]
         batches = [collate([self.rows[int(i)] for i in micro], self.pad_id, packed=self.packed) for micro in mine]
         return StepRows(

@@ -50,7 +50,9 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
     write_text(join(run.folder, "summary.json"), orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
     if summary["reason"] == "stopped":
         raise RunStopped(
-            f"stopped at step {summary['steps']:,}, which is committed", where=run.folder, hint="the same command goes on"
+            f"stopped at step {summary['steps']:,}, which is committed",
+            where=run.folder,
+            hint="the same command goes on",
         )
     return summary
 
@@ -72,14 +74,16 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    board = ray.remote(num_cpus=0, max_restarts=0)(Board).remote()
+    board: Any = ray.remote(num_cpus=0, max_restarts=0)(Board).remote()  # type: ignore[attr-defined]
     resources, use_gpu = worker_resources(run)
     with tempfile.TemporaryDirectory(prefix="ftray-ray-") as scratch:
         trainer = TorchTrainer(
             _worker_main,
             train_loop_config={"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
             | {"folder": os.getcwd()},
-            scaling_config=ScalingConfig(num_workers=run.workers.count, use_gpu=use_gpu, resources_per_worker=resources),
+            scaling_config=ScalingConfig(
+                num_workers=run.workers.count, use_gpu=use_gpu, resources_per_worker=resources
+            ),
             run_config=RunConfig(
                 name=f"{run.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
@@ -87,15 +91,14 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         )
+        failure: Exception | None = None
         with _relay(board, on_event, stop), _silent(not verbose):
             try:
                 with ThreadPoolExecutor(1) as pool:  # on the main thread it would take Ctrl-C over, and abort
                     pool.submit(trainer.fit).result()
             except Exception as error:  # noqa: BLE001 - what Ray raises has many types; the board knows the cause
                 failure = error
-            else:
-                failure = None
-    outcome = ray.get(board.outcome.remote())
+    outcome: dict[str, Any] = ray.get(board.outcome.remote())
     if outcome["error"] is not None:
         raise outcome["error"]
     if outcome["summary"] is None:
@@ -120,7 +123,8 @@ def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
         have = cluster.get(name, 0)
         if each * run.workers.count > have:
             raise RunError(
-                f"{run.workers.count} workers × {each:g} {name} = {each * run.workers.count:g}, the cluster has {have:g}",
+                f"{run.workers.count} workers × {each:g} {name} = {each * run.workers.count:g}, the cluster has"
+                f" {have:g}",
                 where="workers",
                 hint="lower workers.count, or what each worker asks for",
             )

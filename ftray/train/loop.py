@@ -138,9 +138,8 @@ class _Worker:
             while not progress.finished:
                 if self._evaluation_due():
                     self.evaluate()
-                if early := train.early_stopping:
-                    if progress.since_best >= early.patience:
-                        progress.finished = "early stopping"
+                if train.early_stopping and progress.since_best >= train.early_stopping.patience:
+                    progress.finished = "early stopping"
                 if progress.step >= self.steps:
                     progress.finished = "finished"
                 if progress.finished or stop or self._commit_due():
@@ -213,10 +212,10 @@ class _Worker:
         self.emit(kind="skip", step=progress.step, rows=names, reason=reason)
         if progress.skipped_in_a_row > self.run.train.max_skipped:
             raise RunError(
-                f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient ({reason}); rows of the last"
-                f" one: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}",
+                f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient ({reason}); rows of the"
+                f" last one: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}",
                 where=f"step {progress.step}",
-                hint="look at these rows, lower train.learning_rate, or raise train.max_skipped; the last commit is whole",
+                hint="look at these rows, lower train.learning_rate or raise train.max_skipped; the last commit is whole",
             )
 
     def world_gather(self, names: list[str]) -> list[str]:
@@ -308,8 +307,10 @@ class _Worker:
         summary = self._summary(reason)
         if progress.finished and self.world.is_first:
             step = progress.best_step if self.run.train.keep_best and progress.best_step else progress.step
+            if progress.best_step == 0:
+                self.warn("no evaluation was better than the base's; the artefact is of the last step")
             if step != progress.step:
-                load_trained_state(self.model, commits.read(commits.join(self.run.folder, "commits", commits.name_of(step))).model)
+                load_trained_state(self.model, commits.read(commits.place_of(self.run.folder, step)).model)
             summary["artefact_step"] = step
             summary["artefact"] = write_artefact(self.run, self.model, self.data, summary)
         self.emit(kind="end", reason=reason)

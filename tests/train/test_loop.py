@@ -120,18 +120,26 @@ def test_rows_packed_once_give_the_losses_of_their_single_rows(tmp_path):
     single, _ = trained(toy_run(tmp_path / "a", "train.steps=8", "data.packing=off"))
     of_order = [ROWS[i] for i in order]
     joined = [
-        Row(*(np.concatenate(part) for part in zip(*((r.tokens, r.targets, r.sequence_lengths) for r in four), strict=True)))
+        Row(
+            *(
+                np.concatenate(part)
+                for part in zip(*((r.tokens, r.targets, r.sequence_lengths) for r in four), strict=True)
+            )
+        )
         for four in (of_order[i : i + 4] for i in range(0, len(of_order), 4))
     ]
     back = np.argsort(Order(0, [len(joined)], [1.0]).rows(0, len(joined)))
     packed, _ = trained(
-        toy_run(tmp_path / "b", "train.steps=8", "train.batch_rows=2", "data.packing=corpus"), rows=[joined[i] for i in back]
+        toy_run(tmp_path / "b", "train.steps=8", "train.batch_rows=2", "data.packing=corpus"),
+        rows=[joined[i] for i in back],
     )
     assert worst(packed.losses, single.losses) < 1e-3
 
 
 def test_loss_falls_and_the_artefact_is_complete(tmp_path):
-    channel, summary = trained(toy_run(tmp_path, "train.steps=40", "train.evaluate_every=20", "data.held_out_fraction=0.1"), held_out=HELD_OUT)
+    channel, summary = trained(
+        toy_run(tmp_path, "train.steps=40", "train.evaluate_every=20", "data.held_out_fraction=0.1"), held_out=HELD_OUT
+    )
     assert summary["final_loss"] < 0.9 * summary["base_loss"]
     assert [e["step"] for e in channel.of("evaluation")] == [0, 20, 40]
     assert {p.name for p in (tmp_path / "artefact").iterdir()} >= {
@@ -147,7 +155,13 @@ def test_loss_falls_and_the_artefact_is_complete(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "optimizer"),
-    [("lora", "adamw"), ("lora", "adamw_8bit"), ("dora", "paged_adamw_32bit"), ("qlora", "paged_adamw_8bit"), ("qdora", "adamw")],
+    [
+        ("lora", "adamw"),
+        ("lora", "adamw_8bit"),
+        ("dora", "paged_adamw_32bit"),
+        ("qlora", "paged_adamw_8bit"),
+        ("qdora", "adamw"),
+    ],
 )
 def test_resume_is_exact(tmp_path, method, optimizer):
     knobs = f"{{name: {method}, rank: 64, alpha: 64, dropout: 0.1}}"
@@ -157,7 +171,7 @@ def test_resume_is_exact(tmp_path, method, optimizer):
     for fail_at in (2, 5, 8):
         with pytest.raises(InterruptedError):
             trained(run, Recorder(fail_at=fail_at))
-    channel, summary = trained(run)
+    _, summary = trained(run)
     assert summary["resumed_from"] == 6
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "broken"))
     lines = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
@@ -167,7 +181,7 @@ def test_resume_is_exact(tmp_path, method, optimizer):
 
 
 def test_stop_commits_and_the_same_run_goes_on(tmp_path):
-    whole, _ = trained(toy_run(tmp_path / "whole"))
+    trained(toy_run(tmp_path / "whole"))
     run = toy_run(tmp_path / "stopped")
     _, summary = trained(run, Recorder(stop_at=7))
     assert summary["reason"] == "stopped"
@@ -245,7 +259,7 @@ def test_a_nan_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
     (skip,) = channel.of("skip")
     assert skip["step"] == 3
     assert f"memory:{int(Order(0, [64], [1.0]).rows(0, 64)[17]) + 1}" in skip["rows"]
-    assert np.isfinite(adapter(tmp_path)["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].numpy()).all()
+    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
 
 
 def test_too_many_nan_steps_in_a_row_stop_the_run_and_name_the_rows(tmp_path, monkeypatch):

@@ -1,0 +1,104 @@
+"""Any process can be killed at any time: the final adapter is the unbroken run's, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from ftray.config import load_run
+from ftray.errors import EXIT_STOPPED
+from ftray.train.launch import train
+from tests.ray.runs import kill_a_worker_at, steps_of, tensors, wait_for, write_run
+
+SEED = int(os.environ.get("FTRAY_TEST_SEED", random.SystemRandom().randrange(1000)))
+"""Where the kills fall; printed, so that a failure can be had again."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, local_ray) -> Path:
+    return tmp_path_factory.mktemp("survival")
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    print(f"FTRAY_TEST_SEED={SEED}")
+    train(load_run(write_run(folder, "unbroken")), on_event=lambda _: None, stop=threading.Event())
+    return folder / "unbroken"
+
+
+def assert_as_unbroken(run: Path, unbroken: Path) -> None:
+    mine, theirs = tensors(run), tensors(unbroken)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    steps = steps_of(run)
+    assert [event["cursor"] for event in steps] == [[8 * i, 8 * i + 8] for i in range(len(steps))]
+    assert [event["loss"] for event in steps] == [event["loss"] for event in steps_of(unbroken)]
+
+
+def test_a_worker_is_killed_and_killed_again(folder, unbroken):
+    """Two kills in a row: at a random step, and right after the resumed group's first step."""
+    run = load_run(write_run(folder, "worker-killed"))
+    first = random.Random(SEED).randrange(8, 30)
+    killers = [kill_a_worker_at(folder / run.name, first)]
+
+    def on_event(event):
+        if event["kind"] == "resume" and len(killers) == 1:
+            killers.append(kill_a_worker_at(folder / run.name, event["step"] + 1))
+
+    events = []
+    summary = train(run, on_event=lambda event: (events.append(event), on_event(event)), stop=threading.Event())
+    assert len(killers) == 2
+    assert summary["resumed_from"]
+    assert sum(event["kind"] == "resume" for event in events) >= 2
+    assert_as_unbroken(folder / run.name, unbroken)
+
+
+def ftray(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ftray.cli.main", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_the_driver_is_killed(folder, unbroken):
+    file = write_run(folder, "driver-killed")
+    driver = ftray("train", str(file))
+    wait_for(lambda: len(steps_of(folder / "driver-killed")) >= random.Random(SEED + 1).randrange(9, 25))
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    psutil.wait_procs(family, timeout=60)
+    assert not [p for p in family if p.is_running() and "RayTrainWorker" in p.name()]
+    assert not (folder / "driver-killed/artefact").exists()
+    again = ftray("train", str(file))
+    output, _ = again.communicate(timeout=400)
+    assert again.returncode == 0, output
+    assert_as_unbroken(folder / "driver-killed", unbroken)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_commits_and_leaves_with_its_own_exit_code(folder, unbroken, sent):
+    name = f"stopped-by-{sent.name.lower()}"
+    file = write_run(folder, name, train__commit_every=1000)
+    driver = ftray("train", str(file))
+    wait_for(lambda: len(steps_of(folder / name)) >= 5)
+    driver.send_signal(sent)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == EXIT_STOPPED, output
+    assert "Traceback" not in output
+    assert [p.name for p in (folder / name / "commits").iterdir()]
+    output, _ = (again := ftray("train", str(file))).communicate(timeout=400)
+    assert again.returncode == 0, output
+    assert_as_unbroken(folder / name, unbroken)

@@ -1,0 +1,125 @@
+"""Runs on Ray Train: workers agree with one, the artefact stands alone, failures are told once."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+
+from ftray.config import load_run
+from ftray.errors import DataError, RunError, RunStopped
+from ftray.train.launch import train
+from tests.ray.runs import steps_of, tensors, write_run
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def fit(file, on_event=lambda _event: None, stop=None):
+    return train(load_run(file), on_event=on_event, stop=stop or threading.Event())
+
+
+def losses(folder):
+    return [event["loss"] for event in steps_of(folder)]
+
+
+def assert_close(mine, theirs, relative):
+    assert len(mine) == len(theirs)
+    assert max(abs(a - b) / b for a, b in zip(mine, theirs, strict=True)) < relative
+
+
+def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
+    """Two workers → one → two: the same rows, the same losses."""
+    fit(write_run(tmp_path, "one", workers__count=1))
+    fit(write_run(tmp_path, "two"))
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-4)
+
+    for until, count in ((12, 2), (25, 1), (None, 2)):
+        stop = threading.Event()
+
+        def on_event(event, until=until, stop=stop):
+            if until and event["kind"] == "step" and event["step"] >= until:
+                stop.set()
+
+        file = write_run(tmp_path, "changing", workers__count=count)
+        if until:
+            with pytest.raises(RunStopped):
+                fit(file, on_event, stop)
+        else:
+            fit(file, on_event, stop)
+    assert_close(losses(tmp_path / "changing"), losses(tmp_path / "two"), 1e-3)
+    cursors = [event["cursor"] for event in steps_of(tmp_path / "changing")]
+    assert cursors == [event["cursor"] for event in steps_of(tmp_path / "two")]
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "tolerance"), [("lora", "fp32", 1e-5), ("qlora", "bf16", 2e-2), ("qdora", "fp32", 1e-4)]
+)
+def test_peft_alone_loads_the_artefact_and_gives_our_evaluation(tmp_path, method, precision, tolerance):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from ftray.data.prepared import PreparedData
+    from ftray.data.tokenizer import local_model_folder
+
+    file = write_run(tmp_path, "run", method__name=method, train__precision=precision, train__steps=20)
+    run, summary = load_run(file), fit(file)
+    assert summary["final_loss"] < summary["base_loss"]
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        local_model_folder(run.model), dtype=dtype, quantization_config=quantization if method.startswith("q") else None
+    )
+    model = PeftModel.from_pretrained(base, tmp_path / "run/artefact")  # in training mode NF4 weights are not repacked
+    data = PreparedData.open(json.loads((tmp_path / "run/data.json").read_text())["uri"])
+    total = count = 0.0
+    with torch.no_grad():
+        for i in range(len(data.held_out)):
+            row = data.held_out[i]
+            tokens = torch.tensor(row.tokens[None], dtype=torch.long)
+            logits = model(tokens).logits[0].float()
+            at = row.targets.nonzero()[0]
+            total += torch.nn.functional.cross_entropy(logits[at - 1], tokens[0, at], reduction="sum").item()
+            count += len(at)
+    assert total / count == pytest.approx(summary["final_loss"], rel=tolerance)
+
+
+def test_an_error_in_the_loop_is_told_once_with_its_cause_and_not_tried_again(tmp_path):
+    file = write_run(tmp_path, "run", method__targets=["no_such_layer"])
+    with pytest.raises(Exception, match=r"'no_such_layer' matches no linear layer") as caught:
+        fit(file)
+    assert str(caught.value).count("matches no linear layer") == 1
+    assert "Traceback" not in str(caught.value)
+
+
+def test_too_many_bad_rows_stop_before_any_worker_starts(tmp_path):
+    file = write_run(tmp_path, "run")
+    with (tmp_path / "train.jsonl").open("a") as rows:
+        rows.write("not json\n" * 30)
+    events = []
+    with pytest.raises(DataError, match="30"):
+        fit(file, events.append)
+    assert not [event for event in events if event["kind"] == "start"]
+
+
+def test_more_workers_than_the_cluster_has_places_for(tmp_path):
+    file = write_run(tmp_path, "run", workers__count=3, workers__cpus=8, train__batch_rows=9)
+    with pytest.raises(RunError, match=r"3 workers × 8 CPU = 24, the cluster has 4"):
+        fit(file)
+
+
+def test_no_ray_checkpoint_or_temporary_folder_is_left(tmp_path):
+    fit(write_run(tmp_path, "run", train__steps=8))
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {
+        "run.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "artefact",
+        "commits",
+    }
+    assert not list((tmp_path / "run/commits").glob(".*"))
+    assert tensors(tmp_path / "run")
