@@ -24,8 +24,9 @@ GIB = 1 << 30
 
 LOSS_CHUNK_TOKENS = 1024
 """Target tokens whose logits exist at once: the loss computes them chunk by chunk."""
-LOGIT_BYTES = 8
-"""Of each logit in a chunk: one fp32 copy, and logits and gradient in bf16 (or, in fp32, logits and one copy)."""
+LOGIT_BYTES = 12
+"""Of each logit in a chunk: an fp32 copy and its softmax beside logits and gradient in bf16; or logits, softmax and
+gradient in fp32."""
 
 NF4_BLOCK = 64
 """Weights that share one scale (Dettmers et al. 2023, section 3)."""

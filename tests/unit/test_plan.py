@@ -291,6 +291,10 @@ def test_a_micro_batch_is_no_larger_than_a_workers_share() -> None:
     assert micro_batch_tokens(many) == 2 * 1024
 
 
+LENGTH = 320
+"""Tokens a row: more than attention.PLAIN_LENGTH, so that a CPU takes the way of a GPU."""
+
+
 @pytest.mark.parametrize(
     ("family", "method", "precision"),
     [("llama", "lora", "bf16"), ("llama", "lora", "fp32"), ("llama", "full", "fp32"), ("gpt2", "lora", "bf16")],
@@ -306,15 +310,15 @@ def test_activations_are_what_autograd_saves(family: str, method: str, precision
         name: a
         model: {{path: x}}
         method: {{name: {method}{", rank: 4" if method == "lora" else ""}}}
-        data: {{sources: [{{path: rows.jsonl, format: text}}], max_length: 64}}
-        train: {{steps: 1, batch_rows: 8, micro_batch_rows: 8, precision: {precision}}}
+        data: {{sources: [{{path: rows.jsonl, format: text}}], max_length: {LENGTH}}}
+        train: {{steps: 1, batch_rows: 2, micro_batch_rows: 2, precision: {precision}}}
         """,
         "test",
     )
     shapes = shapes_of(config)
     formula, _ = saved_bytes(run, shapes, targeted(run, shapes))
     # the formula counts the hidden states of targets and their gradient, which the loss holds, not this forward pass
-    formula -= 8 * 64 * (4 + 2 * {"bf16": 2, "fp32": 4}[precision]) * 128
+    formula -= 2 * LENGTH * (4 + 2 * {"bf16": 2, "fp32": 4}[precision]) * 128
     assert formula == pytest.approx(_saved_by_autograd(torch, config, run), rel=0.06)
 
 
@@ -335,17 +339,17 @@ def _saved_by_autograd(torch: Any, config: dict[str, Any], run: Run) -> int:
     def keep(tensor: Any) -> Any:
         alive.append(tensor)  # so that no storage is used again
         storage = tensor.untyped_storage()
-        is_weight = tensor.ndim == 2 and tensor.shape[0] != 8 * 64
+        is_weight = tensor.ndim == 2 and tensor.shape[0] != 2 * LENGTH
         kept.setdefault(storage.data_ptr(), 0 if is_weight else storage.nbytes())
         return tensor
 
-    lengths = torch.full((8,), 64)
+    lengths = torch.full((2,), LENGTH)
     causal = net.get_base_model() if hasattr(net, "get_base_model") else net
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         causal.base_model(
-            input_ids=torch.zeros(1, 8 * 64, dtype=torch.int64),
-            position_ids=torch.arange(64).repeat(8)[None],
+            input_ids=torch.zeros(1, 2 * LENGTH, dtype=torch.int64),
+            position_ids=torch.arange(LENGTH).repeat(2)[None],
             packed=attention.Packed.of(lengths),
             use_cache=False,
         )
@@ -368,7 +372,7 @@ def test_no_advice_without_a_need() -> None:
         ("{name: qlora}", 30, ("train.micro_batch_rows=2",)),
         ("{name: qlora}", 12, ("train.gradient_checkpointing=true",)),
         ("{name: lora}", 12, ("train.gradient_checkpointing=true", "method.name=qlora")),
-        ("{name: dora}", 12, ("train.gradient_checkpointing=true", "method.name=qdora")),
+        ("{name: dora}", 14, ("train.gradient_checkpointing=true", "method.name=qdora")),
         ("{name: full}", 12, ("train.gradient_checkpointing=true", "method='{name: qlora}'")),
     ],
 )
