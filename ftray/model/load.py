@@ -17,11 +17,9 @@ from ftray.data.tokenizer import local_model_folder
 from ftray.errors import ModelError
 from ftray.manifest import sha256
 from ftray.model import attention
+from ftray.model.shapes import Linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NF4_OUT_MULTIPLE = 32
-"""bitsandbytes' CPU kernels assert `out_features % 32 == 0`."""
-NF4_BLOCK = 64
 
 
 def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[str]]:
@@ -94,7 +92,7 @@ def misfits(config: Any, trust_remote_code: bool = False) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
-        and (module.out_features % NF4_OUT_MULTIPLE or module.in_features % NF4_BLOCK)
+        and not Linear(name, module.in_features, module.out_features).fits_nf4
     ]
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ftray.config import LOW_RANK, Full, Run
 from ftray.errors import ModelError
+from ftray.model.targets import check_patterns, select
 
 ADAPTER_DTYPE = torch.float32
 
@@ -46,7 +46,7 @@ def lora_config(run: Run, model: nn.Module):
 
     method: Any = run.method
     candidates = linear_layers(model)
-    _check_patterns(method, candidates)
+    check_patterns(method, select(method.targets, candidates))
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=run.model.path,
@@ -71,31 +71,10 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 
 
-def targets(wanted: str | list[str], candidates: list[str]) -> list[str]:
+def targets(wanted: Literal["all-linear"] | list[str], candidates: list[str]) -> list[str]:
     """Endings of module paths that PEFT shall adapt, each known to match. Raises ModelError that lists what could."""
-    endings = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-    if wanted == "all-linear":
-        return endings
-    for name in wanted:
-        if not any(path == name or path.endswith(f".{name}") for path in candidates):
-            raise ModelError(
-                f"{name!r} matches no linear layer of this base",
-                where="method.targets",
-                hint=f"layers that exist: {', '.join(endings)}; or `all-linear`",
-            )
-    return list(wanted)
-
-
-def _check_patterns(method: Any, candidates: list[str]) -> None:
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(method, key):
-            # PEFT's own rule: the expression must match the end of the path, from a dot or the start
-            if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in candidates):
-                raise ModelError(
-                    f"{pattern!r} matches no linear layer of this base",
-                    where=f"method.{key}",
-                    hint=f"paths look like {candidates[0]!r}",
-                )
+    select(wanted, candidates)
+    return sorted({path.rsplit(".", 1)[-1] for path in candidates}) if wanted == "all-linear" else list(wanted)
 
 
 def _transposed(model: nn.Module) -> bool:

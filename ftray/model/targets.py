@@ -41,7 +41,7 @@ def ends_with(path: str, name: str) -> bool:
 
 
 def _could(target: str, candidates: Sequence[str]) -> str:
-    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in candidates))
+    names = sorted({path.rsplit(".", 1)[-1] for path in candidates})
     near = difflib.get_close_matches(target.rsplit(".", 1)[-1], names, n=1)
     known = f"linear layers here: {', '.join(names)}; or all-linear"
     return f"did you mean {near[0]!r}? {known}" if near else known
