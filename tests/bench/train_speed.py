@@ -7,7 +7,8 @@ order, so the same target tokens a step. Blocks of steps alternate between the t
 slows down does so for both; the ratio is that of each pair of blocks. Printed: target tokens/s of either side, the
 ratio's median and range, the share of padding, and the mean loss of both over the same steps, which must agree.
 
-`--trainer-rows` is Trainer's per-device batch; accumulation makes up the 16 rows of a step.
+`--trainer-rows` is Trainer's per-device batch; accumulation makes up the 16 rows of a step. `--cpu-time` with
+OMP_NUM_THREADS=1 counts CPU seconds instead: what remains comparable on a machine that others keep busy.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from ftray.config import Run, parse_run
@@ -38,6 +40,7 @@ from ftray.session import ray_session
 from ftray.train.loop import _Worker
 from ftray.train.world import World
 
+Clock = Callable[[], float]
 STEP_ROWS, RANK, RATE = 16, 16, 2e-4
 SHAPE: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
          "intermediate_size": 1408, "vocab_size": 32_000, "max_position_embeddings": 2048}  # fmt: skip
@@ -115,12 +118,12 @@ class Ours:
     def stop_requested(self) -> bool:
         return False
 
-    def block(self, steps: int) -> float:
+    def block(self, steps: int, clock: Clock) -> float:
         """Seconds for some steps, waiting for their rows included."""
-        started = time.perf_counter()
+        started = clock()
         for _ in range(steps):
             self.worker.step(next(self.steps))
-        return time.perf_counter() - started
+        return clock() - started
 
 
 # ----------------------------------------------------------------------------------------- transformers, PEFT, padding
@@ -146,20 +149,20 @@ class Counting:
 class Alternate(TrainerCallback):
     """Times a block of Trainer's steps, then a block of ours, and so on. The first block of either is warm-up."""
 
-    def __init__(self, ours: Ours, block: int) -> None:
-        self.ours, self.block = ours, block
+    def __init__(self, ours: Ours, block: int, clock: Clock) -> None:
+        self.ours, self.block, self.clock = ours, block, clock
         self.pairs: list[tuple[float, float]] = []
         """Seconds of a block: (Trainer's, ours)."""
 
     def on_train_begin(self, args, state, control, **_):
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step % self.block == 0:
-            theirs = time.perf_counter() - self.started
-            self.pairs.append((theirs, self.ours.block(self.block)))
+            theirs = self.clock() - self.started
+            self.pairs.append((theirs, self.ours.block(self.block, self.clock)))
             print(f"  block {len(self.pairs)}: {theirs:.2f} s against {self.pairs[-1][1]:.2f} s", flush=True)
-            self.started = time.perf_counter()
+            self.started = self.clock()
 
 
 class InOrder(Trainer):
@@ -205,6 +208,7 @@ def trainer(run: Run, rows: list[dict[str, list[int]]], steps: int, per_device: 
     )
     collator = Counting(DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=-100))
     made = InOrder(get_peft_model(base, adapter), arguments, train_dataset=rows, data_collator=collator)
+    made.remove_callback(PrinterCallback)
     made.add_callback(alternate)
     return made, collator
 
@@ -226,14 +230,16 @@ def rows_in_order(data: PreparedData, run: Run, steps: int) -> list[dict[str, li
 # ------------------------------------------------------------------------------------------------------------ compare
 
 
-def compare(rows: str, data: Path, scratch: Path, rounds: int, block: int, per_device: int) -> dict[str, Any]:
+def compare(
+    rows: str, data: Path, scratch: Path, rounds: int, block: int, per_device: int, clock: Clock
+) -> dict[str, Any]:
     steps = (rounds + 1) * block
     run = make_run(rows, data, scratch, steps)
     with ray_session(cpus=2):
         data_uri = prepare(run, lambda event: None)
     prepared = PreparedData.open(data_uri)
     ours = Ours(run, prepared)
-    alternate = Alternate(ours, block)
+    alternate = Alternate(ours, block, clock)
     ordered = rows_in_order(prepared, run, steps)
     made, collator = trainer(run, ordered, steps, per_device, scratch / "trainer", alternate)
     print(f"{rows}: {rounds} pairs of blocks of {block} steps, after one that warms up", flush=True)
@@ -277,17 +283,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="pairs of blocks, after one of warm-up")
     parser.add_argument("--block", type=int, default=3, help="steps of a block")
     parser.add_argument("--trainer-rows", type=int, nargs="+", default=[STEP_ROWS], help="Trainer's per-device batch")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: on a machine that others use")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     disable_progress_bar()
     data = Path(os.environ["FTRAY_DATA"]).resolve()
     data = data / "data" if (data / "data").is_dir() else data
     scratch = Path(tempfile.gettempdir()) / f"ftray-train-speed-{digest_of(SHAPE)[:8]}"
     results = [
-        compare(rows, data, scratch, arguments.rounds, arguments.block, per_device)
+        compare(rows, data, scratch, arguments.rounds, arguments.block, per_device, clock)
         for rows in arguments.rows
         for per_device in arguments.trainer_rows
     ]
-    print(f"\ntarget tokens/s, {torch.get_num_threads()} threads, torch {torch.__version__}\n{table(results)}")
+    unit = "CPU second" if arguments.cpu_time else "second"
+    print(f"\ntarget tokens a {unit}, {torch.get_num_threads()} threads, torch {torch.__version__}\n{table(results)}")
 
 
 if __name__ == "__main__":
