@@ -215,7 +215,7 @@ class _Worker:
                 f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient ({reason}); rows of the"
                 f" last one: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}",
                 where=f"step {progress.step}",
-                hint="look at these rows, lower train.learning_rate or raise train.max_skipped; the last commit is whole",
+                hint="look at these rows, lower train.learning_rate, raise train.max_skipped; the last commit is whole",
             )
 
     def world_gather(self, names: list[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """The loss of target tokens, without the logits of a whole batch.
 
 Hidden states of target positions alone go through the output head, a chunk at a time. Forward computes a chunk's
-logits, its loss and at once the gradient of both the hidden states and the head; then the logits are gone. So at most one chunk
-of [tokens × vocabulary] is held in fp32, once, whatever the batch. (The idea is that of Liger Kernel's fused linear
+logits, its loss and at once the gradient of both the hidden states and the head; then the logits are gone. So at most
+one chunk of [tokens × vocabulary] is held, whatever the batch. (The idea is that of Liger Kernel's fused linear
 cross-entropy, Hsu et al. 2024, with the model's own head module in place of a kernel.)
 """
 

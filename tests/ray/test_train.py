@@ -54,7 +54,7 @@ def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "precision", "tolerance"), [("lora", "fp32", 1e-5), ("qlora", "bf16", 2e-2), ("qdora", "fp32", 1e-4)]
+    ("method", "precision", "tolerance"), [("lora", "fp32", 1e-5), ("qlora", "bf16", 5e-3), ("qdora", "fp32", 1e-4)]
 )
 def test_peft_alone_loads_the_artefact_and_gives_our_evaluation(tmp_path, method, precision, tolerance):
     from peft import PeftModel
@@ -74,7 +74,8 @@ def test_peft_alone_loads_the_artefact_and_gives_our_evaluation(tmp_path, method
     base = AutoModelForCausalLM.from_pretrained(
         local_model_folder(run.model), dtype=dtype, quantization_config=quantization if method.startswith("q") else None
     )
-    model = PeftModel.from_pretrained(base, tmp_path / "run/artefact")  # in training mode NF4 weights are not repacked
+    model = PeftModel.from_pretrained(base, tmp_path / "run/artefact")
+    model.train()  # no dropout; in evaluation mode bitsandbytes repacks NF4 weights and DoRA's norms go wrong
     data = PreparedData.open(json.loads((tmp_path / "run/data.json").read_text())["uri"])
     total = count = 0.0
     with torch.no_grad():
