@@ -42,6 +42,12 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
         config = AutoConfig.from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"no usable config.json: {_first_line(error)}", where=folder) from None
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ModelError(
+            "this base caps its attention scores (attn_logit_softcapping), which training over packed rows cannot do yet",
+            where=f"{folder}/config.json",
+            hint="take a base without it, such as Gemma 3, Llama, Mistral or Qwen",
+        )
     if run.model.random_weights:
         torch.manual_seed(run.seed)
         return AutoModelForCausalLM.from_config(config, **options).to(device), []
