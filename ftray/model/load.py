@@ -44,7 +44,7 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
         raise ModelError(f"no usable config.json: {_first_line(error)}", where=folder) from None
     if getattr(config, "attn_logit_softcapping", None):
         raise ModelError(
-            "this base caps its attention scores (attn_logit_softcapping), which training over packed rows cannot do yet",
+            "this base caps its attention scores (attn_logit_softcapping), which packed attention cannot do yet",
             where=f"{folder}/config.json",
             hint="take a base without it, such as Gemma 3, Llama, Mistral or Qwen",
         )
