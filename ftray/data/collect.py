@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ftray import config
+from ftray.data.fragments import Fragment
 from ftray.data.prepared import INDEX, Rows
-from ftray.data.readers import Fragment
 from ftray.data.work import HISTOGRAM_BINS, SHOWN_REJECTED, Job
 from ftray.errors import DataError
 from ftray.manifest import filesystem, is_local, join, seal, write_text

@@ -11,7 +11,7 @@ from typing import Any
 from ftray import config
 from ftray.data.collect import Preparation, check_rejected, copy_rejected
 from ftray.data.encode import Vocabulary
-from ftray.data.readers import Fragment
+from ftray.data.fragments import Fragment
 from ftray.data.sources import File, describe_sources, files_of, fragments_of
 from ftray.data.tokenizer import chat_template_hash, load_tokenizer
 from ftray.data.work import Job, run_fragment

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ftray.data.readers import TOO_LONG, Fragment, blank, lines, opened, undecodable
+from ftray.data.fragments import TOO_LONG, Fragment, blank, lines, opened, undecodable
 from ftray.data.rows import MAX_ROW_BYTES, BadRow, Raw
 
 csv.field_size_limit(MAX_ROW_BYTES + 1)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ftray.data.readers import TOO_LONG, Fragment, blank, checked_object, lines, opened, parse_json
+from ftray.data.fragments import TOO_LONG, Fragment, blank, checked_object, lines, opened, parse_json
 from ftray.data.rows import MAX_ROW_BYTES, BadRow, Raw
 from ftray.errors import DataError
 

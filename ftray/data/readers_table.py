@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ftray.data.readers import Fragment
+from ftray.data.fragments import Fragment
 from ftray.data.rows import BadRow, Raw
 from ftray.errors import DataError
 from ftray.manifest import filesystem, is_local

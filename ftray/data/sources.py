@@ -10,7 +10,8 @@ from typing import Any
 
 from ftray import config
 from ftray.data.formats import columns_of
-from ftray.data.readers import Fragment, open_uri, read
+from ftray.data.fragments import Fragment, open_uri
+from ftray.data.readers import read
 from ftray.data.remote import fingerprint
 from ftray.data.tokenizer import nearest_existing
 from ftray.errors import DataError

@@ -19,8 +19,9 @@ import orjson
 from ftray import config
 from ftray.data.encode import Encoder, Vocabulary
 from ftray.data.formats import Rendered, renderer
+from ftray.data.fragments import Fragment
 from ftray.data.pack import pack
-from ftray.data.readers import Fragment, read
+from ftray.data.readers import read
 from ftray.data.rows import BadRow, shortened
 from ftray.data.shards import Packed, ShardWriter, Sink
 from ftray.errors import FtrayError, RunError

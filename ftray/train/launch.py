@@ -43,7 +43,8 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
         if stop.is_set():
             raise RunStopped("stopped before the first step", where=run.folder)
         on_event({"kind": "status", "text": f"starting {workers_in_words(run)}"})
-        summary = _fit(run, data_uri, on_event, stop, verbose)
+        with _tracked(run, on_event) as tracked:
+            summary = _fit(run, data_uri, tracked, stop, verbose)
     summary["wall_seconds"] = time.perf_counter() - started
     import orjson
 
@@ -264,6 +265,31 @@ def _relay(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
     finally:
         done.set()
         thread.join(timeout=30)
+
+
+@contextmanager
+def _tracked(run: Run, on_event: Emit) -> Iterator[Emit]:
+    """`on_event` that also feeds the trackers of `run.logging`. A group of workers that starts again goes on in them
+    from the step of its commit."""
+    from ftray.train.sinks import Sinks
+
+    sinks: Sinks | None = None
+
+    def event_and_trackers(event: dict[str, Any]) -> None:
+        nonlocal sinks
+        on_event(event)
+        if event["kind"] == "start":
+            if sinks:
+                sinks.close()
+            sinks = Sinks(run, run.folder, event["step"], on_event)
+        if sinks:
+            sinks.event(event)
+
+    try:
+        yield event_and_trackers
+    finally:
+        if sinks:
+            sinks.close()
 
 
 @contextmanager

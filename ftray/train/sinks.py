@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from ftray.config import Run
 from ftray.redact import redact
+from ftray.train.trackers import MLflow, Point, TensorBoard, WandB
 
 Event = dict[str, Any]
 
@@ -49,13 +50,6 @@ class Sink(Protocol):
         """Some points in the order of their steps, as many as have gathered."""
 
     def close(self) -> None: ...
-
-
-class Point:
-    """The numbers of one step under the names that trackers show: {"train/loss": 1.2, …}; always finite."""
-
-    def __init__(self, step: int, values: dict[str, float], seconds: float) -> None:
-        self.step, self.values, self.seconds = step, values, seconds
 
 
 def point_of(event: Event) -> Point | None:
@@ -164,8 +158,6 @@ def describe(error: BaseException) -> str:
 
 
 def _sinks_of(run: Run, folder: str, first_step: int) -> list[Sink]:
-    from ftray.train.trackers import MLflow, TensorBoard, WandB
-
     sinks: list[Sink] = []
     if run.logging.tensorboard:
         sinks.append(TensorBoard(folder, first_step))

@@ -14,7 +14,13 @@ from ftray.config import Run
 from ftray.errors import UserError
 from ftray.manifest import filesystem, is_local, join, read_text, write_text
 from ftray.redact import redact_values
-from ftray.train.sinks import Point
+
+
+class Point:
+    """The numbers of one step under the names that trackers show: {"train/loss": 1.2, …}; always finite."""
+
+    def __init__(self, step: int, values: dict[str, float], seconds: float) -> None:
+        self.step, self.values, self.seconds = step, values, seconds
 
 
 class TensorBoard:

@@ -113,14 +113,14 @@ def test_more_workers_than_the_cluster_has_places_for(tmp_path):
         fit(file)
 
 
-def test_no_ray_checkpoint_or_temporary_folder_is_left(tmp_path):
+def test_what_a_run_leaves(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     fit(write_run(tmp_path, "run", train__steps=8))
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= {
-        "run.yaml",
-        "metrics.jsonl",
-        "summary.json",
-        "artefact",
-        "commits",
-    }
+    expected = {"run.yaml", "metrics.jsonl", "summary.json", "artefact", "commits", "tensorboard", "data.json"}
+    assert expected <= {p.name for p in (tmp_path / "run").iterdir()}
     assert not list((tmp_path / "run/commits").glob(".*"))
     assert tensors(tmp_path / "run")
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    shown = [event.value for event in board.Scalars("train/loss")]
+    assert shown == pytest.approx(losses(tmp_path / "run"), rel=1e-6)

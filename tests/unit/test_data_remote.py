@@ -10,9 +10,9 @@ import pytest
 from ftray.config import Run
 from ftray.data import sources
 from ftray.data.collect import Preparation
+from ftray.data.fragments import Fragment
 from ftray.data.prepare import make_plan
 from ftray.data.prepared import PreparedData
-from ftray.data.readers import Fragment
 from ftray.data.sources import fragments_of, raw_rows
 from ftray.data.work import Job, run_fragment
 from ftray.errors import DataError, RunError
