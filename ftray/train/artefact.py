@@ -60,7 +60,7 @@ def _save(run: Run, model: Any, stage: Path) -> None:
                 p.data = data
         load_tokenizer(run.model, run.data.chat_template).save_pretrained(stage)
     else:
-        model.save_pretrained(stage)
+        model.save_pretrained(stage, save_embedding_layers=False)  # else PEFT asks a hub about the base
         (stage / "README.md").unlink(missing_ok=True)  # PEFT's; ours follows
 
 

@@ -81,7 +81,7 @@ class _Worker:
     def _build(self) -> None:
         run, world, rows = self.run, self.world, self.data.train
         base, self.unquantized = load_base(run, world.device)
-        self.model = attach(base, run)
+        self.model = attach(base, run).train()  # transformers loads in evaluation mode
         if run.train.gradient_checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -15,6 +15,7 @@ from ftray.data.order import Order
 from ftray.data.prepared import Row
 from ftray.errors import ConfigError, RunError
 from ftray.model.methods import lora_config
+from ftray.train import loop
 from ftray.train.loop import train_worker
 from ftray.train.world import World
 from tests.toys import MemoryData, Recorder, random_rows, toy_run
@@ -178,6 +179,32 @@ def test_resume_is_exact(tmp_path, method, optimizer):
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["loss"] for line in steps] == whole.losses
     assert [line["cursor"] for line in steps] == [[8 * i, 8 * i + 8] for i in range(8)] + [[64, 72]]
+
+
+def test_dropout_drops_in_training_alone(tmp_path):
+    overrides = ("train.steps=3", "train.evaluate_every=3", "data.held_out_fraction=0.1")
+    runs = [
+        trained(
+            toy_run(tmp_path / f"p{p}", *overrides, method=f"{{name: lora, rank: 4, dropout: {p}}}"), held_out=HELD_OUT
+        )
+        for p in (0.0, 0.9)
+    ]
+    (plain, _), (dropped, _) = runs
+    assert plain.losses[0] == dropped.losses[0]  # B is zero at first
+    assert plain.losses[2] != dropped.losses[2]
+    assert plain.of("evaluation")[0]["loss"] == dropped.of("evaluation")[0]["loss"]
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora"])
+def test_nf4_weights_are_never_repacked_under_training(tmp_path, method):
+    """bitsandbytes' repacking for evaluation would silently spoil dequantized weights; see `evaluating`."""
+    run = toy_run(tmp_path, "train.steps=2", "data.held_out_fraction=0.1", method=f"{{name: {method}, rank: 4}}")
+    worker = loop._Worker(run, MemoryData(ROWS, HELD_OUT), World(), Recorder())  # type: ignore[arg-type]
+    worker.resume()
+    worker.train()
+    quantized = [m for m in worker.model.modules() if type(m).__name__ == "Linear4bit"]
+    assert quantized
+    assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in quantized)
 
 
 def test_stop_commits_and_the_same_run_goes_on(tmp_path):
