@@ -10,6 +10,7 @@ nearest known one.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,9 @@ from ftray.errors import ConfigError
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -236,6 +239,9 @@ class EarlyStopping(Strict):
     """What counts as better: the loss must fall by more than this (nats a target token)."""
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Train(Strict):
     steps: int | None = Field(None, ge=1)
     """Optimizer steps. Give this or `epochs`."""
@@ -251,7 +257,7 @@ class Train(Strict):
     """A name, or a mapping with `name` and its keys."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     """`adamw` is torch's, fused; the others are bitsandbytes', 8-bit states and states paged to the host."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """Adam's decay of the mean and of the variance."""
     epsilon: float = Field(1e-8, gt=0)
     """Adam's denominator guard."""
@@ -355,6 +361,13 @@ class Run(Strict):
         rows = -(-self.train.batch_rows // self.workers.count)
         return -(-rows // self.train.micro_batch_rows)
 
+    def total_steps(self, rows_per_epoch: int) -> int:
+        """Optimizer steps: as given, or the epochs times the steps of one, of which the last may be short."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.epochs is not None
+        return max(1, math.ceil(self.train.epochs * math.ceil(rows_per_epoch / self.train.batch_rows)))
+
     def dump(self) -> dict[str, Any]:
         """The resolved run as plain values, every default filled in."""
         return self.model_dump(mode="json")
@@ -403,7 +416,10 @@ def _read(where: str) -> tuple[str, str]:
         if not path.is_file():
             raise ConfigError("this folder holds no run.yaml, so it is not a run", where=where)
     if "://" not in where and path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"this run file cannot be read: {error}", where=where) from None
     if where in recipe_names():
         return (_recipes() / f"{where}.yaml").read_text(encoding="utf-8"), f"recipe {where}"
     if "://" in where:
@@ -449,6 +465,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a plain word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -493,6 +511,8 @@ def _override(raw: dict[str, Any], item: str) -> None:
     for i, part in enumerate(path):
         if isinstance(at, list):
             at = at[_index(at, part, key)]
+            if not isinstance(at, dict | list):
+                raise ConfigError(f"{'.'.join(path[: i + 1])} holds a value, not keys", where=item)
             continue
         child = at.get(part)
         if isinstance(child, str) and part in ("schedule", "format"):  # the short form, by name alone

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,12 +30,10 @@ def ray_session(*, verbose: bool = False, cpus: int | None = None) -> Iterator[N
     if ray.is_initialized():
         yield
         return
-    here = os.getcwd()
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
-        "runtime_env": {"env_vars": {"PYTHONPATH": path} | _worker_environment(verbose)},
+        "runtime_env": {"env_vars": worker_environment(os.environ, verbose)},
     }
     if in_a_job():
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **options)
@@ -65,7 +64,16 @@ _QUIET = {
 }
 
 
-def _worker_environment(verbose: bool) -> dict[str, str]:
-    names = [n for n in os.environ if n.startswith(("RAY_TRAIN_", "RAY_DATA_", "FTRAY_", "HF_", "GLOO_", "NCCL_"))]
+def worker_environment(environment: Mapping[str, str], verbose: bool) -> dict[str, str]:
+    """Variables that workers on other machines need too. Ray writes them to its logs in plain text, so nothing that may
+    be a secret is among them: local workers inherit it anyway, and the machines of a cluster must bring their own."""
+    passed = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(("RAY_TRAIN_", "RAY_DATA_", "FTRAY_", "HF_", "GLOO_", "NCCL_")) and not _SECRET.search(name)
+    }
     quiet = {} if verbose else {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return {n: os.environ[n] for n in names} | {"TOKENIZERS_PARALLELISM": "false"} | quiet
+    return passed | {"TOKENIZERS_PARALLELISM": "false"} | quiet
+
+
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +144,7 @@ def steps_text(run: Run) -> str:
     if train.steps is None:
         steps, amount = None, f"{_epochs(train.epochs)}; steps are known once the rows are counted"
         if rows := _rows_at_most(run):
-            steps = max(1, round(float(train.epochs or 0) * math.ceil(rows / train.batch_rows)))
+            steps = run.total_steps(rows)
             amount = f"{_epochs(train.epochs)} of at most {some(rows, 'row')}: at most {some(steps, 'step')}"
     else:
         steps, amount = train.steps, some(train.steps, "step")

@@ -54,8 +54,8 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
 
     unquantized: list[str] = []
     if isinstance(run.method, QUANTIZED):
-        unquantized = misfits(config, run.model.trust_remote_code)
-        options["quantization_config"] = _nf4(run, unquantized)
+        head, unquantized = misfits(config, run.model.trust_remote_code)
+        options["quantization_config"] = _nf4(run, [head, *unquantized])
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map={"": device}, output_loading_info=True, use_safetensors=True, **options
@@ -74,7 +74,7 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
     return model, unquantized
 
 
-def _nf4(run: Run, unquantized: list[str]):
+def _nf4(run: Run, skip: list[str]):
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -82,23 +82,24 @@ def _nf4(run: Run, unquantized: list[str]):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=run.method.double_quantization,  # type: ignore[union-attr]
         bnb_4bit_compute_dtype=DTYPES[run.train.precision],
-        llm_int8_skip_modules=["lm_head", *unquantized],
+        llm_int8_skip_modules=skip,
     )
 
 
-def misfits(config: Any, trust_remote_code: bool = False) -> list[str]:
-    """Names of the linear layers but the head whose shape NF4 cannot hold. Builds the model without memory."""
+def misfits(config: Any, trust_remote_code: bool = False) -> tuple[str, list[str]]:
+    """(name of the output head, names of the other linear layers whose shape NF4 cannot hold). Builds the model without
+    memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     head = model.get_output_embeddings()
-    return [
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    name_of_head = next(name for name, module in linear.items() if module is head)
+    return name_of_head, [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and not Linear(name, module.in_features, module.out_features).fits_nf4
+        for name, module in linear.items()
+        if name != name_of_head and not Linear(name, module.in_features, module.out_features).fits_nf4
     ]
 
 

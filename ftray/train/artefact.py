@@ -19,6 +19,7 @@ from ftray.data.tokenizer import load_tokenizer, local_model_folder
 from ftray.errors import ArtefactError
 from ftray.manifest import describe_files, filesystem, is_local, join
 from ftray.model.load import DTYPES, base_digest
+from ftray.redact import redact_values
 from ftray.train.card import model_card
 
 FACTS = "ftray.json"
@@ -76,7 +77,7 @@ def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dic
         "chat_template_sha256": data.facts.get("chat_template_hash"),
         "tokenizer_sha256": data.facts.get("tokenizer_digest"),
         "data_sha256": data.digest,
-        "run": run.dump(),
+        "run": redact_values(run.dump()),
         "step": summary["artefact_step"],
         "metrics": {
             key: summary[key]
@@ -85,11 +86,20 @@ def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dic
     }
 
 
+def _open_to_others(folder: Path) -> None:
+    """The modes that new files have here: the scratch folder, and what safetensors writes, are the owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def _place(stage: Path, target: str) -> None:
     fs, path = filesystem(target)
     if is_local(target):
         new = Path(path).with_name(f".artefact.{uuid.uuid4().hex[:8]}.part")
         shutil.copytree(stage, new)
+        _open_to_others(new)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(new, path)
         return

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ftray.errors import ArtefactError
-from ftray.manifest import MANIFEST, describe_files, filesystem, is_local, join, read_manifest, seal, verify
+from ftray.manifest import MANIFEST, describe_files, filesystem, is_local, join, read_manifest, read_text, seal, verify
 
 _NAME = re.compile(r"^step-(\d{8})$")
 
@@ -148,6 +148,18 @@ def latest(folder: str, warn: Callable[[str], None]) -> Commit | None:
             return read(where)
         except ArtefactError as error:
             warn(f"commit {name_of(step)} is damaged and passed over: {error.what}")
+    return None
+
+
+def newest_identity(folder: str) -> dict[str, Any] | None:
+    """The identity in the newest commit that can be read at all; None without one. Tensors are not looked at."""
+    for step in reversed(steps_of(folder)):
+        where = place_of(folder, step)
+        try:
+            if read_manifest(where) is not None:
+                return json.loads(read_text(join(where, "state.json")))["identity"]
+        except (ArtefactError, OSError, ValueError, KeyError):
+            continue  # damaged: `latest` will say so
     return None
 
 

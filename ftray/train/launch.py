@@ -18,14 +18,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from ftray.config import Run
-from ftray.data.prepare import prepare
+from ftray.data.prepare import make_plan, prepare
 from ftray.errors import FtrayError, RunError, RunStopped
 from ftray.manifest import join, write_text
 from ftray.session import ray_session
+from ftray.train import commits
+from ftray.train.identity import identity, refuse_other_run
 
 Emit = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.2
 _PUSH_SECONDS = 0.2
+_ALIKE_SECONDS = 5.0
+"""How long a worker that failed for good waits to hear that all others did too."""
 _FINAL = (TypeError, AttributeError, NameError, KeyError, ValueError, AssertionError, NotImplementedError, ImportError)
 """Errors of the program, which come again however often a group of workers is started."""
 
@@ -38,6 +42,8 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
     """
     started = time.perf_counter()
     with ray_session(verbose=verbose, cpus=local_cpus(run)):
+        if committed := commits.newest_identity(run.folder):
+            refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())
         data_uri = prepare(run, on_event)
         if stop.is_set():
@@ -114,7 +120,7 @@ def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
     cluster = ray.cluster_resources()
     gpus = run.workers.gpus
     if gpus == "auto":
-        gpus = 1 if cluster.get("GPU", 0) >= run.workers.count else 0
+        gpus = 1 if cluster.get("GPU", 0) else 0
     cpus = run.workers.cpus
     if cpus is None:
         one_machine = len([n for n in ray.nodes() if n["Alive"]]) == 1
@@ -149,13 +155,16 @@ def _worker_main(config: dict[str, Any]) -> None:
     if os.path.isdir(config["folder"]):  # Ray Train moves its workers; a run file means the user's folder
         os.chdir(config["folder"])
     channel = _BoardChannel(config["board"], world.rank)
+    if channel.has_failed():  # started again only because one worker failed for good while others waited for it
+        return
     try:
         summary = train_worker(Run.model_validate(config["run"]), PreparedData.open(config["data"]), world, channel)
     except FtrayError as error:
-        channel.fail(error)
+        if not channel.fail(error, world.size):
+            raise
     except _FINAL as error:
-        channel.crash(traceback.format_exc())
-        channel.fail(RunError(f"a worker failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}"))
+        if not channel.fail(RunError(f"a worker failed: {error}\n\n{traceback.format_exc()}"), world.size):
+            raise
     except BaseException:
         channel.crash(traceback.format_exc())
         raise
@@ -170,6 +179,7 @@ class Board:
         self._events: list[dict[str, Any]] = []
         self._stop = False
         self._error: Exception | None = None
+        self._failures = 0
         self._summary: dict[str, Any] | None = None
         self._crashes: list[str] = []
 
@@ -184,6 +194,10 @@ class Board:
 
     def fail(self, error: Exception) -> None:
         self._error = self._error or error
+        self._failures += 1
+
+    def failures(self) -> int:
+        return self._failures
 
     def crash(self, text: str) -> None:
         self._crashes.append(text)
@@ -229,10 +243,22 @@ class _BoardChannel:
         if summary is not None:
             ray.get([self._board.push.remote(self._waiting), self._board.finish.remote(summary)])
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception, workers: int) -> bool:
+        """Tell the error that ends the run. True when every worker failed alike, so that none waits for another."""
         import ray
 
         ray.get([self._board.push.remote(self._waiting), self._board.fail.remote(error)])
+        end = time.monotonic() + _ALIKE_SECONDS
+        while time.monotonic() < end:
+            if ray.get(self._board.failures.remote()) >= workers:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def has_failed(self) -> bool:
+        import ray
+
+        return ray.get(self._board.failures.remote()) > 0
 
     def crash(self, text: str) -> None:
         import ray
@@ -254,7 +280,10 @@ def _relay(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
         while True:
             last = done.wait(_POLL_SECONDS)
             for event in ray.get(board.drain.remote(stop.is_set())):
-                on_event(event)
+                try:
+                    on_event(event)
+                except OSError:  # nobody reads any more: commit and end
+                    stop.set()
             if last:
                 return
 
@@ -312,7 +341,7 @@ def _cause(failure: BaseException | None, crashes: list[str], run: Run) -> RunEr
     """The first real cause of a failed run, once."""
     cause = crashes[0] if crashes else str(failure or "the workers ended without a word")
     return RunError(
-        f"the run failed after {run.workers.retries} retries; its first cause:\n\n{cause.strip()}\n",
+        f"the run failed, and starting its workers again did not help; the first cause:\n\n{cause.strip()}\n",
         where=run.folder,
         hint="the last commit is whole: the same command goes on from it",
     )

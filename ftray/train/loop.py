@@ -46,14 +46,6 @@ class Channel(Protocol):
     def stop_requested(self) -> bool: ...
 
 
-def total_steps(run: Run, rows_per_epoch: int) -> int:
-    """Optimizer steps of a run: as given, or its epochs times the steps of one (the last of each may be short)."""
-    if run.train.steps is not None:
-        return run.train.steps
-    assert run.train.epochs is not None
-    return max(1, math.ceil(run.train.epochs * math.ceil(rows_per_epoch / run.train.batch_rows)))
-
-
 def train_worker(run: Run, data: PreparedData, world: World, channel: Channel) -> dict[str, Any]:
     """Train as one worker of `world`, from the newest commit on; returns the summary (every worker the same one).
 
@@ -88,7 +80,7 @@ class _Worker:
         self.optimizer = build_optimizer(self.model, run.train)
         self.objective = _distributed(TargetLoss(self.model), self.trained, world)
         self.order = Order(run.seed, rows.sizes, rows.weights)
-        self.steps = total_steps(run, self.order.rows_per_epoch)
+        self.steps = run.total_steps(self.order.rows_per_epoch)
         self.feed = Feed(
             rows,
             self.order,
@@ -243,7 +235,7 @@ class _Worker:
         if progress.step == 0:
             progress.base_loss = loss
         margin = self.run.train.early_stopping.min_improvement if self.run.train.early_stopping else 0.0
-        if progress.best_loss is None or loss < progress.best_loss - margin:
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss - margin):
             progress.best_loss, progress.best_step, progress.since_best = loss, progress.step, 0
         else:
             progress.since_best += 1

@@ -19,6 +19,8 @@ from ftray.errors import EXIT_STOPPED
 from ftray.train.launch import train
 from tests.ray.runs import kill_a_worker_at, steps_of, tensors, wait_for, write_run
 
+STEPS = 120
+"""Enough that a kill falls before the end."""
 SEED = int(os.environ.get("FTRAY_TEST_SEED", random.SystemRandom().randrange(1000)))
 """Where the kills fall; printed, so that a failure can be had again."""
 
@@ -31,7 +33,7 @@ def folder(tmp_path_factory, local_ray) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(folder):
     print(f"FTRAY_TEST_SEED={SEED}")
-    train(load_run(write_run(folder, "unbroken")), on_event=lambda _: None, stop=threading.Event())
+    train(load_run(write_run(folder, "unbroken", train__steps=STEPS)), on_event=lambda _: None, stop=threading.Event())
     return folder / "unbroken"
 
 
@@ -46,8 +48,8 @@ def assert_as_unbroken(run: Path, unbroken: Path) -> None:
 
 def test_a_worker_is_killed_and_killed_again(folder, unbroken):
     """Two kills in a row: at a random step, and right after the resumed group's first step."""
-    run = load_run(write_run(folder, "worker-killed"))
-    first = random.Random(SEED).randrange(8, 30)
+    run = load_run(write_run(folder, "worker-killed", train__steps=STEPS))
+    first = random.Random(SEED).randrange(20, 60)
     killers = [kill_a_worker_at(folder / run.name, first)]
 
     def on_event(event):
@@ -73,10 +75,12 @@ def ftray(*arguments: str) -> subprocess.Popen:
 
 
 def test_the_driver_is_killed(folder, unbroken):
-    file = write_run(folder, "driver-killed")
+    file = write_run(folder, "driver-killed", train__steps=STEPS)
     driver = ftray("train", str(file))
-    wait_for(lambda: len(steps_of(folder / "driver-killed")) >= random.Random(SEED + 1).randrange(9, 25))
+    wait_for(lambda: steps_of(folder / "driver-killed"))
     family = psutil.Process(driver.pid).children(recursive=True)
+    at = random.Random(SEED + 1).randrange(20, 60)
+    wait_for(lambda: len(steps_of(folder / "driver-killed")) >= at)
     driver.kill()
     driver.wait()
     psutil.wait_procs(family, timeout=60)
@@ -91,7 +95,7 @@ def test_the_driver_is_killed(folder, unbroken):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_commits_and_leaves_with_its_own_exit_code(folder, unbroken, sent):
     name = f"stopped-by-{sent.name.lower()}"
-    file = write_run(folder, name, train__commit_every=1000)
+    file = write_run(folder, name, train__steps=STEPS, train__commit_every=1000)
     driver = ftray("train", str(file))
     wait_for(lambda: len(steps_of(folder / name)) >= 5)
     driver.send_signal(sent)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ftray.config import load_run
-from ftray.errors import DataError, RunError, RunStopped
+from ftray.errors import ArtefactError, ConfigError, DataError, RunError, RunStopped
 from ftray.train.launch import train
 from tests.ray.runs import steps_of, tensors, write_run
 
@@ -124,3 +124,19 @@ def test_what_a_run_leaves(tmp_path):
     board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     shown = [event.value for event in board.Scalars("train/loss")]
     assert shown == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
+
+
+def test_a_refused_run_changes_nothing_in_the_folder(tmp_path):
+    fit(write_run(tmp_path, "run", train__steps=8))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    with pytest.raises(ConfigError, match=r"train.learning_rate: committed with 0.002, now 0.001"):
+        fit(write_run(tmp_path, "run", train__steps=8, train__learning_rate=1e-3))
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+
+
+def test_one_worker_that_fails_for_good_ends_the_run(tmp_path):
+    """Rank 0 alone meets the error, while the other waits for it in a barrier."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/artefact").write_text("a file where the artefact's folder belongs")
+    with pytest.raises((RunError, ArtefactError)):
+        fit(write_run(tmp_path, "run", train__steps=4, workers__retries=1))
