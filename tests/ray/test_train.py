@@ -31,18 +31,18 @@ def assert_close(mine, theirs, relative):
 
 def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
     """Two workers → one → two: the same rows, the same losses."""
-    fit(write_run(tmp_path, "one", workers__count=1))
-    fit(write_run(tmp_path, "two"))
+    fit(write_run(tmp_path, "one", workers__count=1, train__steps=150))
+    fit(write_run(tmp_path, "two", train__steps=150))
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-4)
 
-    for until, count in ((12, 2), (25, 1), (None, 2)):
+    for until, count in ((10, 2), (70, 1), (None, 2)):
         stop = threading.Event()
 
         def on_event(event, until=until, stop=stop):
             if until and event["kind"] == "step" and event["step"] >= until:
                 stop.set()
 
-        file = write_run(tmp_path, "changing", workers__count=count)
+        file = write_run(tmp_path, "changing", workers__count=count, train__steps=150)
         if until:
             with pytest.raises(RunStopped):
                 fit(file, on_event, stop)
@@ -134,7 +134,7 @@ def test_a_refused_run_changes_nothing_in_the_folder(tmp_path):
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
 
 
-def test_one_worker_that_fails_for_good_ends_the_run(tmp_path):
+def test_a_worker_that_fails_every_time_ends_the_run(tmp_path):
     """Rank 0 alone meets the error, while the other waits for it in a barrier."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/artefact").write_text("a file where the artefact's folder belongs")
