@@ -22,7 +22,7 @@ import torch
 from train_speed import SHAPE, make_run
 from transformers.utils.logging import disable_progress_bar
 
-from ftray.config import Run
+from ftray.config import Run, Workers
 from ftray.data.prepare import prepare
 from ftray.data.prepared import PreparedData
 from ftray.manifest import digest_of
@@ -71,15 +71,18 @@ def under_ray(run: Run) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4, help="pairs of runs")
-    parser.add_argument("--steps", type=int, default=24, help="steps of a run, with those that do not count")
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run, with those that do not count")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on both sides")
     arguments = parser.parse_args()
     disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
     data = Path(os.environ["FTRAY_DATA"]).resolve()
     data = data / "data" if (data / "data").is_dir() else data
     scratch = Path(tempfile.gettempdir()) / f"ftray-train-speed-{digest_of(SHAPE)[:8]}"
 
     def speed(kind: Callable[[Run], float]) -> float:
-        return kind(make_run("e2e", data, scratch, arguments.steps))
+        run = make_run("e2e", data, scratch, arguments.steps)
+        return kind(run.model_copy(update={"workers": Workers(count=1, gpus=0, cpus=arguments.threads)}))
 
     pairs = []
     for number in range(arguments.rounds):

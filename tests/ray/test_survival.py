@@ -19,7 +19,7 @@ from ftray.errors import EXIT_STOPPED
 from ftray.train.launch import train
 from tests.ray.runs import kill_a_worker_at, steps_of, tensors, wait_for, workers_below, write_run
 
-STEPS = 120
+STEPS = 160
 """Enough that a kill falls before the end."""
 SEED = int(os.environ.get("FTRAY_TEST_SEED", random.SystemRandom().randrange(1000)))
 """Where the kills fall; printed, so that a failure can be had again."""
