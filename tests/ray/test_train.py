@@ -31,7 +31,8 @@ def assert_close(mine, theirs, relative):
 
 def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
     """Two workers → one → two: the same rows, the same losses."""
-    slow = {"train__steps": 60, "train__micro_batch_rows": 1, "train__learning_rate": 5e-4}  # so that a stop comes in time
+    # slow enough that a stop comes in time
+    slow = {"train__steps": 60, "train__micro_batch_rows": 1, "train__learning_rate": 5e-4}
     fit(write_run(tmp_path, "one", workers__count=1, **slow))
     fit(write_run(tmp_path, "two", **slow))
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-3)
