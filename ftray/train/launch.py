@@ -21,7 +21,7 @@ from ftray.config import Run
 from ftray.data.prepare import make_plan, prepare
 from ftray.errors import FtrayError, RunError, RunStopped
 from ftray.manifest import join, write_text
-from ftray.session import ray_session
+from ftray.session import ray_session, stand_aside
 from ftray.train import commits
 from ftray.train.identity import identity, refuse_other_run
 
@@ -308,6 +308,7 @@ def _tracked(run: Run, on_event: Emit) -> Iterator[Emit]:
         nonlocal sinks
         on_event(event)
         if event["kind"] == "start":
+            stand_aside("ray::RayTrainWorker")
             if sinks:
                 sinks.close()
             sinks = Sinks(run, run.folder, event["step"], on_event)

@@ -3,8 +3,8 @@
     FTRAY_DATA=… python tests/bench/ray_overhead.py [--rounds 4] [--steps 24]
 
 Base and rows are those of `train_speed.py`. Whole runs alternate between the two. The speed of a run is taken from the
-times of its own step events, after the first steps, so that neither start nor end of a run counts. Printed: target
-tokens/s of either, and the ratio of each pair.
+times of its own step events, after the first steps, so that neither start nor end of a run counts. Both sides have the
+allocator settings of ftray's workers. Printed: target tokens/s of either, and the ratio of each pair.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from ftray.config import Run, Workers
 from ftray.data.prepare import prepare
 from ftray.data.prepared import PreparedData
 from ftray.manifest import digest_of
-from ftray.session import ray_session
+from ftray.session import ALLOCATOR, ray_session
 from ftray.train.launch import train
 from ftray.train.loop import train_worker
 from ftray.train.world import World
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of a run, with those that do not count")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on both sides")
     arguments = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):  # as ftray's workers have it
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     data = Path(os.environ["FTRAY_DATA"]).resolve()
