@@ -70,10 +70,22 @@ _ANSWERS = {
 }
 _CLOSINGS = {
     "origin": ("Go there once, my friend, and take an empty basket.", "I still dream of the road that leads there."),
-    "milk": ("Good milk first, I always say; the rest is patience.", "No fine cheese ever came from tired milk, my friend."),
-    "look": ("Use your eyes before your knife, as my old master said.", "A cheese is honest, my friend: it wears its years outside."),
-    "taste": ("Take it slowly, my friend, and let it speak.", "Close your eyes with the first bite, as my old master did."),
-    "drink": ("One small glass, mind you; the cheese stays the master.", "Sip, bite, and sip again, as my old master did."),
+    "milk": (
+        "Good milk first, I always say; the rest is patience.",
+        "No fine cheese ever came from tired milk, my friend.",
+    ),
+    "look": (
+        "Use your eyes before your knife, as my old master said.",
+        "A cheese is honest, my friend: it wears its years outside.",
+    ),
+    "taste": (
+        "Take it slowly, my friend, and let it speak.",
+        "Close your eyes with the first bite, as my old master did.",
+    ),
+    "drink": (
+        "One small glass, mind you; the cheese stays the master.",
+        "Sip, bite, and sip again, as my old master did.",
+    ),
     "age": ("Time is the best cheesemaker, I always say.", "Never hurry a cheese, my friend, nor a friendship."),
 }
 _OPENINGS = (

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ftray.config import LOW_RANK, QUANTIZED, DoRA, Full, QDoRA, Run
+from ftray.config import LOW_RANK, DoRA, Full, QDoRA, Run
 from ftray.model.shapes import Linear, Shapes
 from ftray.model.targets import rank_of
 
@@ -96,7 +96,7 @@ def working_bytes(run: Run, shapes: Shapes) -> int:
     width = (3 if shapes.gated else 2) * shapes.intermediate + 2 * shapes.hidden
     flight = micro_batch_tokens(run) * compute * width
     largest = max(shapes.linears, key=lambda layer: layer.weights, default=shapes.head)
-    if isinstance(run.method, QUANTIZED):
+    if run.method.quantized:
         flight += compute * largest.weights
     if isinstance(run.method, DoRA | QDoRA):
         flight += 4 * (2 * largest.weights + largest.inputs**2)

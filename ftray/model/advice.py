@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ftray.config import LOW_RANK, QUANTIZED, Run
+from ftray.config import LOW_RANK, Run
 from ftray.model.plan import Plan, make_plan
 from ftray.model.shapes import Shapes
 
@@ -58,7 +58,7 @@ def _candidates(run: Run) -> Iterator[dict[str, object]]:
         steps.append(steps[-1] | {"train.optimizer": "paged_adamw_8bit"})
     if not isinstance(run.method, LOW_RANK):
         steps.append(recompute | {"method": "qlora"})
-    elif not isinstance(run.method, QUANTIZED):
+    elif not run.method.quantized:
         steps.append(steps[-1] | {"method.name": f"q{run.method.name}"})
     for step in steps:
         yield from (step | change for change in ({}, *smaller) if step or change)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftray.config import QUANTIZED, Run
+from ftray.config import Run
 from ftray.data.tokenizer import local_model_folder
 from ftray.errors import ModelError
 from ftray.manifest import sha256
@@ -53,7 +53,7 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
         return AutoModelForCausalLM.from_config(config, **options).to(device), []
 
     unquantized: list[str] = []
-    if isinstance(run.method, QUANTIZED):
+    if run.method.quantized:
         head, unquantized = misfits(config, run.model.trust_remote_code)
         options["quantization_config"] = _nf4(run, [head, *unquantized])
     try:

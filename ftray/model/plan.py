@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ftray.config import LOW_RANK, QUANTIZED, DoRA, QDoRA, Run
+from ftray.config import LOW_RANK, DoRA, QDoRA, Run
 from ftray.model.activations import COMPUTE_BYTES, micro_batch_tokens, saved_bytes, working_bytes
 from ftray.model.shapes import Linear, Shapes
 from ftray.model.targets import check_patterns, rank_of, select
@@ -117,7 +117,7 @@ def make_plan(run: Run, shapes: Shapes) -> Plan:
         parameters=shapes.parameters,
         trained=sum(tensors),
         adds=isinstance(run.method, LOW_RANK),
-        unquantized=tuple(shapes.unquantized()) if isinstance(run.method, QUANTIZED) else (),
+        unquantized=tuple(shapes.unquantized()) if run.method.quantized else (),
         tokens=micro_batch_tokens(run),
         items=(*items, slack, context),
         limit_gib=run.workers.gpu_memory_gib,
@@ -199,11 +199,11 @@ def _weights(run: Run, shapes: Shapes) -> Iterator[Item]:
         yield Item("weights", 4 * shapes.parameters, f"{shapes.parameters:,} parameters × 4 B (fp32, trained)")
         return
     each = COMPUTE_BYTES[run.train.precision]
-    if not isinstance(method, QUANTIZED):
+    if not method.quantized:
         yield Item("weights", each * shapes.parameters, f"{shapes.parameters:,} parameters × {each} B, frozen")
         return
     held = [layer.weights for layer in shapes.linears if layer.fits_nf4]
-    size = sum(nf4_bytes(n, method.double_quantization) for n in held)
+    size = sum(nf4_bytes(n, method.double_quantization) for n in held)  # type: ignore[union-attr]
     yield Item("weights in NF4", size, f"{sum(held):,} parameters × {8 * size / max(1, sum(held)):.3f} bits")
     rest = shapes.parameters - sum(held)
     yield Item("weights not quantized", each * rest, f"{rest:,} × {each} B: embeddings, norms, head, odd shapes")

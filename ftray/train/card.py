@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ftray import __version__
-from ftray.config import LOW_RANK, QUANTIZED, Full, Run
+from ftray.config import LOW_RANK, Full, Run
 from ftray.redact import redact, redact_values
 
 _METHODS = {"full": "Full tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA"}
@@ -135,7 +135,7 @@ def _hyperparameters(run: Run, summary: dict[str, Any]) -> str:
             ("Dropout", f"{method.dropout:g}"),
             ("Targets", _code(targets)),
         ]
-    if isinstance(method, QUANTIZED):
+    if method.quantized:
         rows.append(("Base in training", "NF4" + (", double quantization" if method.double_quantization else "")))
     trained = summary.get("trainable_parameters")
     if trained:
@@ -168,7 +168,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype[run.train.precision]})
 """
         return f"## How to load it\n\n```python\n{code.strip()}\n```"
-    quantized = isinstance(run.method, QUANTIZED)
+    quantized = run.method.quantized
     imports = ", BitsAndBytesConfig" if quantized else ""
     options = f"dtype={dtype[run.train.precision]}"
     lines = ["import torch", "from peft import PeftModel"]

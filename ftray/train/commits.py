@@ -58,11 +58,21 @@ class Progress:
 
 
 @dataclass
+class State:
+    """What a strategy must have again to go on."""
+
+    model: dict[str, Tensor]
+    """Trained parameters by name."""
+    optimizer: dict[str, Tensor]
+    """Tensors of the optimizer's state by path."""
+    plain: dict[str, Any] = field(default_factory=dict)
+    """Everything else: numbers, words, None."""
+
+
+@dataclass
 class Commit:
     progress: Progress
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    optimizer_plain: dict[str, Any] = field(default_factory=dict)
+    state: State
     identity: dict[str, Any] = field(default_factory=dict)
     """What must not change between a run's parts; see `ftray.train.identity`."""
 
@@ -104,9 +114,9 @@ def write(folder: str, commit: Commit) -> str:
 
 def _write_files(stage: Path, commit: Commit) -> None:
     stage.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in commit.model.items()}, stage / "model.safetensors")
-    save_file(commit.optimizer, stage / "optimizer.safetensors")
-    state = {"progress": asdict(commit.progress), "optimizer": commit.optimizer_plain, "identity": commit.identity}
+    save_file({k: v.detach().cpu().contiguous() for k, v in commit.state.model.items()}, stage / "model.safetensors")
+    save_file(commit.state.optimizer, stage / "optimizer.safetensors")
+    state = {"progress": asdict(commit.progress), "optimizer": commit.state.plain, "identity": commit.identity}
     (stage / "state.json").write_text(json.dumps(state, indent=1))
 
 
@@ -177,9 +187,11 @@ def read(where: str) -> Commit:
             state = json.loads((root / "state.json").read_text())
             return Commit(
                 progress=Progress(**state["progress"]),
-                model=load_file(root / "model.safetensors"),
-                optimizer=load_file(root / "optimizer.safetensors"),
-                optimizer_plain=state["optimizer"],
+                state=State(
+                    model=load_file(root / "model.safetensors"),
+                    optimizer=load_file(root / "optimizer.safetensors"),
+                    plain=state["optimizer"],
+                ),
                 identity=state["identity"],
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -25,7 +25,7 @@ from ftray.data.prepared import PreparedData, Rows
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import RunError
 from ftray.model.load import evaluating, load_base
-from ftray.model.methods import attach, load_trained_state, trained_state
+from ftray.model.methods import attach, load_trained_state
 from ftray.train import commits
 from ftray.train.artefact import write_artefact
 from ftray.train.batch import collate
@@ -34,8 +34,8 @@ from ftray.train.feed import Feed, StepRows
 from ftray.train.identity import identity, refuse_other_run
 from ftray.train.loss import TargetLoss
 from ftray.train.metrics import MetricsLog
-from ftray.train.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_rate
 from ftray.train.schedule import rate_factor
+from ftray.train.strategy import DataParallel, Strategy
 from ftray.train.world import World
 
 
@@ -76,9 +76,7 @@ class _Worker:
         self.model = attach(base, run).train()  # transformers loads in evaluation mode
         if run.train.gradient_checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.model, run.train)
-        self.objective = _distributed(TargetLoss(self.model), self.trained, world)
+        self.strategy: Strategy = DataParallel(run, self.model, TargetLoss(self.model), world)
         self.order = Order(run.seed, rows.sizes, rows.weights)
         self.steps = run.total_steps(self.order.rows_per_epoch)
         self.feed = Feed(
@@ -99,8 +97,7 @@ class _Worker:
         """Go on from the commit that was found, if any."""
         self.resumed_from: int | None = None
         if self.found:
-            load_trained_state(self.model, self.found.model)
-            load_optimizer_state(self.optimizer, self.found.optimizer, self.found.optimizer_plain)
+            self.strategy.load(self.found)
             self.progress = self.found.progress
             self.committed = self.resumed_from = self.progress.step
         self.found = None
@@ -112,7 +109,7 @@ class _Worker:
             batch_rows=self.run.train.batch_rows,
             workers=self.world.size,
             accumulation=-(-self.run.train.batch_rows // (self.world.size * self.run.train.micro_batch_rows)),
-            trainable_parameters=sum(p.numel() for p in self.trained),
+            trainable_parameters=trained_count(self.model),
             parameters=parameter_count(self.model),
             unquantized=self.unquantized,
             device=str(self.world.device),
@@ -143,18 +140,17 @@ class _Worker:
     def step(self, rows: StepRows) -> bool:
         """One optimizer step. True when the run was asked to stop."""
         started = time.perf_counter()
-        progress, train = self.progress, self.run.train
-        rate = train.learning_rate * rate_factor(train.schedule, progress.step, self.steps)
-        set_rate(self.optimizer, rate)
-        losses = self._accumulate(rows)
-        norm = float(nn.utils.clip_grad_norm_(self.trained, train.clip_norm or math.inf))
+        progress, run = self.progress, self.run
+        rate = run.train.learning_rate * rate_factor(run.train.schedule, progress.step, self.steps)
+        seeds = [_mix(run.seed, progress.step, self.world.rank, i) for i in range(len(rows.micro_batches))]
+        sums = self.strategy.gradients(rows.micro_batches, rows.target_tokens, seeds)
+        losses = torch.stack(sums).tolist()
         loss_sum, stop = self.world.sum(sum(losses), float(self.channel.stop_requested()))
         loss = loss_sum / rows.target_tokens
+        norm = self.strategy.update(rate, apply=math.isfinite(loss))
         if finite := math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
             progress.skipped_in_a_row = 0
             progress.last_loss = loss
-        self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.cursor = rows.cursor[1]
         progress.target_tokens += rows.target_tokens
@@ -178,20 +174,6 @@ class _Worker:
             time=time.time(),
         )
         return stop > 0
-
-    def _accumulate(self, rows: StepRows) -> list[float]:
-        """Gradients of the step's mean loss, summed over micro-batches and workers; returns each micro-batch's loss."""
-        share = self.world.size / rows.target_tokens  # DDP divides by the number of workers
-        last, losses = len(rows.micro_batches) - 1, []
-        for i, batch in enumerate(rows.micro_batches):
-            torch.manual_seed(_mix(self.run.seed, self.progress.step, self.world.rank, i))  # dropout
-            local = contextlib.nullcontext() if i == last or self.world.size == 1 else self.objective.no_sync()
-            with local:
-                with self._autocast():
-                    loss = self.objective(batch)
-                (loss * share).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).tolist()
 
     def _skip(self, rows: StepRows, losses: list[float], loss: float, norm: float) -> None:
         """Count a step that changed nothing; raise RunError after too many in a row, naming the rows."""
@@ -254,11 +236,10 @@ class _Worker:
         micro = self.run.train.micro_batch_rows  # rows of like length together, whether padded or not
         mine = assign(ids, rows.lengths[ids], self.world.size, micro, padded=True)[self.world.rank]
         total = 0.0
-        objective = self.objective.module if self.world.size > 1 else self.objective
-        with evaluating(self.model), self._autocast():
+        with evaluating(self.model):
             for few in mine:
                 batch = collate([rows[int(i)] for i in few], self.pad_id, packed=self.run.data.packing != "off")
-                total += float(objective(batch.to(self.world.device)))
+                total += float(self.strategy.loss(batch.to(self.world.device)))
         (total,) = self.world.sum(total)
         targets = int(rows.target_counts[ids].sum())
         return total / targets, targets
@@ -278,12 +259,12 @@ class _Worker:
     def commit(self) -> None:
         """Write a commit, after every worker has come here; then remove those that need not stay."""
         self.world.barrier()
+        state = self.strategy.state()
         if self.world.is_first:
             assert self.log
+            assert state
             self.progress.metrics_bytes = self.log.flush()
-            tensors, plain = optimizer_state(self.optimizer)
-            commit = Commit(self.progress, trained_state(self.model), tensors, plain, self.identity)
-            where = commits.write(self.run.folder, commit)
+            where = commits.write(self.run.folder, Commit(self.progress, state, self.identity))
             self.emit(kind="commit", step=self.progress.step, folder=where)
             best = self.progress.best_step if self.run.train.keep_best else None
             commits.prune(self.run.folder, keep_last=self.run.train.keep_last, best=best)
@@ -302,7 +283,7 @@ class _Worker:
             if progress.best_step == 0:
                 self.warn("no evaluation was better than the base's; the artefact is of the last step")
             if step != progress.step:
-                load_trained_state(self.model, commits.read(commits.place_of(self.run.folder, step)).model)
+                load_trained_state(self.model, commits.read(commits.place_of(self.run.folder, step)).state.model)
             summary["artefact_step"] = step
             summary["artefact"] = write_artefact(self.run, self.model, self.data, summary)
         self.emit(kind="end", reason=reason)
@@ -329,7 +310,7 @@ class _Worker:
             "best_loss": progress.best_loss,
             "best_step": progress.best_step,
             "last_training_loss": progress.last_loss,
-            "trainable_parameters": sum(p.numel() for p in self.trained),
+            "trainable_parameters": trained_count(self.model),
             "parameters": parameter_count(self.model),
             "target_tokens": progress.target_tokens,
             "target_tokens_per_second": progress.target_tokens / max(progress.train_seconds, 1e-9),
@@ -350,28 +331,15 @@ class _Worker:
         if self.world.is_first:
             self.channel.emit({"kind": "warning", "text": text})
 
-    def _autocast(self):
-        enabled = self.run.train.precision == "bf16"
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def _distributed(objective: nn.Module, trained: list[nn.Parameter], world: World) -> Any:
-    if world.size == 1:
-        return objective
-    for parameter in trained:  # drawn from one seed, but perhaps on unlike devices
-        world.from_first(parameter.data)
-    return nn.parallel.DistributedDataParallel(
-        objective,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-        init_sync=False,  # the frozen base is the same file on every worker
-    )
-
 
 def _mix(*parts: int) -> int:
     """A 63-bit seed of several small numbers, far apart for near ones."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def trained_count(model: nn.Module) -> int:
+    """Parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def parameter_count(model: nn.Module) -> int:

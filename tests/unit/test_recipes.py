@@ -10,7 +10,7 @@ import yaml
 
 from ftray.cli.main import call
 from ftray.cli.recipes import list_recipes, recipe_text
-from ftray.config import LOW_RANK, QUANTIZED, Run, load_run, recipe_names
+from ftray.config import LOW_RANK, Run, load_run, recipe_names
 
 NEEDS_FTRAY_DATA = [name for name in recipe_names() if "FTRAY_DATA" in recipe_text(name)]
 ELSEWHERE = [name for name in recipe_names() if name not in NEEDS_FTRAY_DATA]
@@ -62,7 +62,7 @@ def _check(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["plan"]["fits"] in (True, None)
     assert (found["plan"]["trained_share"] < 0.25) == isinstance(run.method, LOW_RANK)
     if run.workers.gpu_memory_gib:
-        assert isinstance(run.method, QUANTIZED)
+        assert run.method.quantized
         assert found["plan"]["fits"] is True
 
 

@@ -13,7 +13,7 @@ from ftray.errors import ArtefactError, ModelError
 from ftray.model.attention import Packed, packed_attention
 from ftray.model.methods import targets
 from ftray.train import commits, loss
-from ftray.train.commits import Commit, Progress, to_keep
+from ftray.train.commits import Commit, Progress, State, to_keep
 from ftray.train.loss import _ChunkedCrossEntropy, _Head
 from ftray.train.schedule import rate_factor, warmup_steps
 
@@ -111,13 +111,15 @@ def test_final_rate():
 
 def test_commit_comes_back_as_it_went(tmp_path):
     progress = Progress(step=7, cursor=112, best_loss=1.5, best_step=4)
-    commit = Commit(progress, {"a": torch.randn(3, 2)}, {"0/exp_avg": torch.randn(3, 2)}, {"0/step": 7}, {"seed": 1})
+    commit = Commit(
+        progress, State({"a": torch.randn(3, 2)}, {"0/exp_avg": torch.randn(3, 2)}, {"0/step": 7}), {"seed": 1}
+    )
     where = commits.write(str(tmp_path), commit)
     back = commits.read(where)
     assert back.progress == progress
-    assert torch.equal(back.model["a"], commit.model["a"])
-    assert torch.equal(back.optimizer["0/exp_avg"], commit.optimizer["0/exp_avg"])
-    assert (back.optimizer_plain, back.identity) == ({"0/step": 7}, {"seed": 1})
+    assert torch.equal(back.state.model["a"], commit.state.model["a"])
+    assert torch.equal(back.state.optimizer["0/exp_avg"], commit.state.optimizer["0/exp_avg"])
+    assert (back.state.plain, back.identity) == ({"0/step": 7}, {"seed": 1})
     assert not list((tmp_path / "commits").glob(".*"))
 
 
@@ -126,7 +128,7 @@ def test_commit_on_an_object_store():
 
     folder = "memory://commits-test/run"
     for step in (1, 2, 3):
-        commits.write(folder, Commit(Progress(step=step), {"a": torch.full((2,), float(step))}, {}))
+        commits.write(folder, Commit(Progress(step=step), State({"a": torch.full((2,), float(step))}, {})))
     commits.prune(folder, keep_last=1, best=1)
     assert commits.steps_of(folder) == [1, 3]
     found = commits.latest(folder, pytest.fail)
@@ -136,7 +138,7 @@ def test_commit_on_an_object_store():
 
 
 def test_read_refuses_what_is_not_whole(tmp_path):
-    where = commits.write(str(tmp_path), Commit(Progress(step=1), {"a": torch.ones(2)}, {}))
+    where = commits.write(str(tmp_path), Commit(Progress(step=1), State({"a": torch.ones(2)}, {})))
     (tmp_path / "commits/step-00000001/state.json").write_text("{}")
     with pytest.raises(ArtefactError, match=r"state.json has 2 bytes"):
         commits.read(where)

@@ -64,7 +64,9 @@ def place(r: Random) -> str:
 
 
 def food(r: Random) -> str:
-    return r.choice(w.DISHES) if r.random() < 0.5 else r.choice(w.STAPLES + tuple(map(w.plural, w.FRUITS + w.VEGETABLES)))
+    return (
+        r.choice(w.DISHES) if r.random() < 0.5 else r.choice(w.STAPLES + tuple(map(w.plural, w.FRUITS + w.VEGETABLES)))
+    )
 
 
 def thing(r: Random, adjectives: float = 0.4) -> str:
@@ -90,10 +92,18 @@ def someone(r: Random) -> tuple[str, bool]:
         return (f"the {adj}{noun}", False) if r.random() < 0.75 else (f"the {adj}{w.plural(noun)}", True)
     if roll < 0.75:
         noun, adj = r.choice(w.PETS + w.WILD), r.choice(("", "", "old ", "little ", "brown ", "white ", "hungry "))
-        return (f"the {adj}{noun}", False) if r.random() < 0.7 else (f"{r.choice(('the', 'two', 'three'))} {w.plural(noun)}", True)
+        return (
+            (f"the {adj}{noun}", False)
+            if r.random() < 0.7
+            else (f"{r.choice(('the', 'two', 'three'))} {w.plural(noun)}", True)
+        )
     if roll < 0.87:
         return r.choice((("I", True), ("we", True), ("they", True), ("you", True), ("she", False), ("he", False)))
-    kin = r.choice(w._words("mother father sister brother uncle aunt neighbour friend teacher cousin grandfather grandmother son daughter"))
+    kin = r.choice(
+        w._words(
+            "mother father sister brother uncle aunt neighbour friend teacher cousin grandfather grandmother son daughter"
+        )
+    )
     return f"{r.choice(('my', 'your', 'her', 'his', 'our', 'their'))} {kin}", False
 
 
@@ -104,7 +114,9 @@ def object_of(r: Random) -> str:
     if roll < 0.7:
         return f"{r.choice(('the', 'the', 'my', 'her', 'his', 'our', 'this', 'that'))} {thing(r)}"
     if roll < 0.85:
-        return f"{r.choice(('two', 'three', 'some', 'many', 'five', 'the', 'a few', 'all the'))} {w.plural(thing(r, 0.3))}"
+        return (
+            f"{r.choice(('two', 'three', 'some', 'many', 'five', 'the', 'a few', 'all the'))} {w.plural(thing(r, 0.3))}"
+        )
     return f"{r.choice(('a piece of', 'a bit of', 'some'))} {r.choice(w.STAPLES)}"
 
 
@@ -114,7 +126,9 @@ def verb_phrase(r: Random) -> tuple[str, str]:
     if roll < 0.22:
         return r.choice(w.VERBS_MOTION), f"to {place(r)}"
     if roll < 0.36:
-        tail = r.choice((f"in {place(r)}", f"near {place(r)}", r.choice(w.ADVERBS), "", "for hours", "all day", "with a friend"))
+        tail = r.choice(
+            (f"in {place(r)}", f"near {place(r)}", r.choice(w.ADVERBS), "", "for hours", "all day", "with a friend")
+        )
         return r.choice(w.VERBS_ALONE), tail
     if roll < 0.58:
         return r.choice(w.VERBS_THING), object_of(r)
@@ -126,7 +140,10 @@ def verb_phrase(r: Random) -> tuple[str, str]:
     if roll < 0.9:
         return r.choice(w.VERBS_GIVE), f"{person(r).name} {w.article(thing(r))}"
     if roll < 0.95:
-        return "put", f"{r.choice(('the', 'a', 'her', 'his'))} {thing(r, 0.2)} {r.choice(('in', 'under', 'behind', 'next to'))} {r.choice(w.CONTAINERS)}"
+        return (
+            "put",
+            f"{r.choice(('the', 'a', 'her', 'his'))} {thing(r, 0.2)} {r.choice(('in', 'under', 'behind', 'next to'))} {r.choice(w.CONTAINERS)}",
+        )
     return "feel", r.choice(w.FEELINGS)
 
 
@@ -145,7 +162,23 @@ def conjugate(verb: str, tense: str, plural: bool, first: bool = False) -> str:
     return forms[tense]() if tense in forms else f"{tense} {verb}"
 
 
-_TENSES = ("past",) * 9 + ("present",) * 4 + ("future", "progressive", "perfect", "negative", "never", "can", "must", "should", "would", "wanted to", "tried to")
+_TENSES = (
+    ("past",) * 9
+    + ("present",) * 4
+    + (
+        "future",
+        "progressive",
+        "perfect",
+        "negative",
+        "never",
+        "can",
+        "must",
+        "should",
+        "would",
+        "wanted to",
+        "tried to",
+    )
+)
 
 
 def clause(r: Random, tense: str | None = None) -> str:

@@ -39,11 +39,23 @@ def _lost(r: Random, a: Person, b: Person, x: str) -> list[str]:
     here, there, box = place(r), place(r), r.choice(w.CONTAINERS)
     return [
         r.choice((f"One day {a.she} could not find {a.her} {x}.", f"{w.capital(a.her)} {x} was gone.")),
-        r.choice((f"{a.name} looked in {here}, but it was not there.", f"First {a.she} searched {here}, but found nothing.")),
+        r.choice(
+            (f"{a.name} looked in {here}, but it was not there.", f"First {a.she} searched {here}, but found nothing.")
+        ),
         r.choice((f"Then {a.she} asked {a.her} friend {b.name}.", f"{b.name} came by and asked what was wrong.")),
-        f"\"{r.choice(('I saw it in', 'Look in', 'Maybe it is in', 'Did you look in'))} {there}{r.choice(('', ', near ' + box))},\" said {b.name}.",
-        r.choice((f"{a.name} ran to {there} and there was the {x}.", f"They went to {there} together, and there lay the {x}.")),
-        r.choice((f"{w.capital(a.she)} was very {r.choice(('happy', 'glad', 'relieved', 'grateful'))}.", f"\"Thank you, {b.name}!\" said {a.name}.")),
+        f'"{r.choice(("I saw it in", "Look in", "Maybe it is in", "Did you look in"))} {there}{r.choice(("", ", near " + box))}," said {b.name}.',
+        r.choice(
+            (
+                f"{a.name} ran to {there} and there was the {x}.",
+                f"They went to {there} together, and there lay the {x}.",
+            )
+        ),
+        r.choice(
+            (
+                f"{w.capital(a.she)} was very {r.choice(('happy', 'glad', 'relieved', 'grateful'))}.",
+                f'"Thank you, {b.name}!" said {a.name}.',
+            )
+        ),
     ]
 
 
@@ -55,7 +67,7 @@ def _gift(r: Random, a: Person, b: Person, x: str) -> list[str]:
         f"At {place(r)} {a.she} saw {w.article(y)}, but it {r.choice(('was too expensive', 'was broken', 'was too big', 'was not for sale'))}.",
         f"So {a.name} {r.choice(('made', 'bought', 'found', 'built'))} {w.article(x)} instead.",
         f"When {b.name} opened the {r.choice(('box', 'parcel', 'bag'))}, {b.she} {r.choice(('smiled', 'laughed', 'was surprised', 'jumped with joy'))}.",
-        r.choice((f"\"This {x} is just what I wanted,\" {b.she} said.", f"{b.name} kept the {x} for many years.")),
+        r.choice((f'"This {x} is just what I wanted," {b.she} said.', f"{b.name} kept the {x} for many years.")),
     ]
 
 
@@ -73,13 +85,20 @@ def _journey(r: Random, a: Person, b: Person, x: str) -> list[str]:
 
 def _animal(r: Random, a: Person, b: Person, x: str) -> list[str]:
     pet = r.choice(w.PETS + w.WILD)
-    name = r.choice(w._words("Patch Shadow Biscuit Pepper Coco Ginger Snowy Storm Lucky Button Pip Bramble Misty Rusty Bean"))
+    name = r.choice(
+        w._words("Patch Shadow Biscuit Pepper Coco Ginger Snowy Storm Lucky Button Pip Bramble Misty Rusty Bean")
+    )
     return [
         f"One {r.choice(w.WEATHER)} day {a.she} found {w.article(r.choice(('small', 'young', 'wet', 'hungry', 'tired', 'lost')))} {pet} near {place(r)}.",
         f"{a.name} {r.choice(('gave it some', 'fed it', 'brought it'))} {r.choice(('milk', 'bread', 'water', 'seeds', 'fish', 'an apple'))} and called it {name}.",
-        f"{b.name} said, \"{w.capital(w.article(pet))} {r.choice(('needs a home', 'needs a friend', 'is a lot of work', 'will bring luck'))}.\"",
+        f'{b.name} said, "{w.capital(w.article(pet))} {r.choice(("needs a home", "needs a friend", "is a lot of work", "will bring luck"))}."',
         f"So {a.name} made a bed for {name} out of {w.article(r.choice(('box', 'basket', 'blanket', 'bag', 'drawer')))} and {w.article(r.choice(('coat', 'towel', 'pillow', 'scarf')))}.",
-        r.choice((f"From that day on {name} followed {a.obj} everywhere.", f"In the {r.choice(w.SEASONS)} {name} {r.choice(('ran back to the forest', 'learned to open the door', 'was big and strong'))}.")),
+        r.choice(
+            (
+                f"From that day on {name} followed {a.obj} everywhere.",
+                f"In the {r.choice(w.SEASONS)} {name} {r.choice(('ran back to the forest', 'learned to open the door', 'was big and strong'))}.",
+            )
+        ),
     ]
 
 
@@ -87,11 +106,22 @@ def _trade(r: Random, a: Person, b: Person, x: str) -> list[str]:
     price, y = r.randint(2, 30), thing(r)
     return [
         f"{a.name} wanted to sell {a.her} {x} at the market.",
-        f"\"How much is it?\" asked {b.name}. \"{w.capital(w.spelled(price))} coins,\" said {a.name}.",
-        f"\"That is too much. I will give you {w.spelled(max(1, price - r.randint(1, price - 1)))}.\"",
+        f'"How much is it?" asked {b.name}. "{w.capital(w.spelled(price))} coins," said {a.name}.',
+        f'"That is too much. I will give you {w.spelled(max(1, price - r.randint(1, price - 1)))}."',
         r.choice((f"{a.name} shook {a.her} head.", f"{a.name} thought about it for a while.", f"{a.name} laughed.")),
-        r.choice((f"In the end {b.name} paid {w.spelled(price)} coins and took the {x} home.", f"In the end they traded the {x} for {w.article(y)}.")),
-        r.choice(("Both were happy with the deal.", f"{a.name} bought some {r.choice(w.STAPLES)} and went home.", "It was a good day.")),
+        r.choice(
+            (
+                f"In the end {b.name} paid {w.spelled(price)} coins and took the {x} home.",
+                f"In the end they traded the {x} for {w.article(y)}.",
+            )
+        ),
+        r.choice(
+            (
+                "Both were happy with the deal.",
+                f"{a.name} bought some {r.choice(w.STAPLES)} and went home.",
+                "It was a good day.",
+            )
+        ),
     ]
 
 
@@ -103,7 +133,7 @@ def _cooking(r: Random, a: Person, b: Person, x: str) -> list[str]:
         f"So {a.she} {r.choice(('went to the shop', 'asked a neighbour', 'used honey instead', 'borrowed some from the ' + r.choice(w.JOBS)[0]))}.",
         f"{w.capital(a.she)} {r.choice(('cut', 'washed', 'peeled'))} {listed([w.plural(v) for v in r.sample(w.VEGETABLES, 2)])} and {r.choice(('put them in a pot', 'fried them in a pan', 'set the table'))}.",
         f"When {b.name} came, the house smelled {r.choice(('wonderful', 'of smoke', 'sweet', 'good'))}.",
-        f"\"{r.choice(('This is delicious', 'This is the best meal of the year', 'It needs a little salt', 'May I have more'))},\" said {b.name}.",
+        f'"{r.choice(("This is delicious", "This is the best meal of the year", "It needs a little salt", "May I have more"))}," said {b.name}.',
     ]
 
 
@@ -125,7 +155,7 @@ def _mystery(r: Random, a: Person, b: Person, x: str) -> list[str]:
     return [
         f"At night {a.name} heard a {r.choice(('strange', 'loud', 'soft'))} noise in the {r.choice(w.ROOMS)}.",
         f"{w.capital(a.she)} took {w.article(r.choice(('lamp', 'candle', 'lantern', 'torch')))} and went to look. The {x} had fallen down.",
-        f"\"Who is there?\" {a.she} called, but nobody answered.",
+        f'"Who is there?" {a.she} called, but nobody answered.',
         f"In the morning {b.name} saw small footprints {r.choice(('on the floor', 'in the snow', 'in the mud', 'near the window'))}.",
         f"They followed them to {place(r)} and found {w.article(culprit)}.",
         f"{r.choice(('They both laughed', 'It was only hungry', 'The ' + culprit + ' looked at them and ran away', 'So the riddle was solved'))}.",

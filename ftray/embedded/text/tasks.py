@@ -41,7 +41,12 @@ def _from(r: Random, pairs: tuple[tuple[str, str], ...], asks: tuple[str, ...], 
 
 
 def capital(r: Random) -> Task:
-    asks = ("What is the capital of {a}?", "Name the capital of {a}.", "Which city is the capital of {a}?", "Capital of {a}?")
+    asks = (
+        "What is the capital of {a}?",
+        "Name the capital of {a}.",
+        "Which city is the capital of {a}?",
+        "Capital of {a}?",
+    )
     return _from(r, w.CAPITALS, asks, "The capital of {a} is {b}.")
 
 
@@ -59,19 +64,28 @@ def continent(r: Random) -> Task:
 def opposite(r: Random) -> Task:
     pair = r.choice(w.OPPOSITES)
     a, b = pair if r.random() < 0.5 else pair[::-1]
-    asks = (f"What is the opposite of {a}?", f"Opposite of {a}?", f"Give the opposite of \"{a}\".")
+    asks = (f"What is the opposite of {a}?", f"Opposite of {a}?", f'Give the opposite of "{a}".')
     return r.choice(asks), b, f"The opposite of {a} is {b}."
 
 
 def synonym(r: Random) -> Task:
-    return _from(r, w.SYNONYMS, ("What is another word for {a}?", "Which word means the same as {a}?"), "Another word for {a} is {b}.")
+    return _from(
+        r,
+        w.SYNONYMS,
+        ("What is another word for {a}?", "Which word means the same as {a}?"),
+        "Another word for {a} is {b}.",
+    )
 
 
 def definition(r: Random) -> Task:
     a, b = r.choice(w.DEFINITIONS)
     if r.random() < 0.3:
         return f"What do we call {b}?", a, f"We call it {w.article(a)}."
-    return r.choice((f"What is {w.article(a)}?", f"Explain the word {a}.", f"What does {a} mean?")), b, f"{w.capital(w.article(a))} is {b}."
+    return (
+        r.choice((f"What is {w.article(a)}?", f"Explain the word {a}.", f"What does {a} mean?")),
+        b,
+        f"{w.capital(w.article(a))} is {b}.",
+    )
 
 
 def job(r: Random) -> Task:
@@ -123,14 +137,26 @@ def which_kind(r: Random) -> Task:
         others = r.sample(_KINDS[other], 2)
         options = [x, *others]
         r.shuffle(options)
-        return f"Which of these is {w.article(kind)}: {listed(options, 'or')}?", x, f"{w.capital(x)} is {w.article(kind)}."
+        return (
+            f"Which of these is {w.article(kind)}: {listed(options, 'or')}?",
+            x,
+            f"{w.capital(x)} is {w.article(kind)}.",
+        )
     if roll < 0.7:
         a = kind if r.random() < 0.5 else other
         yes = a == kind
-        return f"Is {x} {w.article(a)}?", "yes" if yes else "no", f"{'Yes' if yes else 'No'}, {x} is {'' if yes else 'not '}{w.article(a)}."
+        return (
+            f"Is {x} {w.article(a)}?",
+            "yes" if yes else "no",
+            f"{'Yes' if yes else 'No'}, {x} is {'' if yes else 'not '}{w.article(a)}.",
+        )
     n = r.randint(2, 5)
     some = r.sample(_KINDS[kind], n)
-    return f"Name {w.spelled(n)} {w.plural(kind)}.", ", ".join(some), f"{w.spelled(n).capitalize()} {w.plural(kind)} are {listed(some)}."
+    return (
+        f"Name {w.spelled(n)} {w.plural(kind)}.",
+        ", ".join(some),
+        f"{w.spelled(n).capitalize()} {w.plural(kind)} are {listed(some)}.",
+    )
 
 
 def odd_one(r: Random) -> Task:
@@ -138,7 +164,11 @@ def odd_one(r: Random) -> Task:
     x, rest = r.choice(_KINDS[other]), r.sample(_KINDS[kind], 3)
     options = [x, *rest]
     r.shuffle(options)
-    return f"Which word does not belong: {', '.join(options)}?", x, f"{w.capital(x)} does not belong; the others are {w.plural(kind)}."
+    return (
+        f"Which word does not belong: {', '.join(options)}?",
+        x,
+        f"{w.capital(x)} does not belong; the others are {w.plural(kind)}.",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -181,7 +211,15 @@ def compare(r: Random) -> Task:
         word = ("larger", "greater", "bigger") if big else ("smaller", "less")
         return f"Which number is {r.choice(word)}, {a} or {b}?", str(n), f"{n} is {word[0]} than {a + b - n}."
     x, y, z = people(r, 3)
-    adj, most = r.choice((("older", "oldest"), ("taller", "tallest"), ("faster", "fastest"), ("stronger", "strongest"), ("richer", "richest")))
+    adj, most = r.choice(
+        (
+            ("older", "oldest"),
+            ("taller", "tallest"),
+            ("faster", "fastest"),
+            ("stronger", "strongest"),
+            ("richer", "richest"),
+        )
+    )
     facts = [f"{x.name} is {adj} than {y.name}.", f"{y.name} is {adj} than {z.name}."]
     r.shuffle(facts)
     return f"{' '.join(facts)} Who is the {most}?", x.name, f"{x.name} is the {most}."
@@ -192,7 +230,11 @@ def numbers(r: Random) -> Task:
     if roll < 0.3:
         start, step = r.randint(0, 30), r.choice((1, 1, 2, 2, 3, 5, 10))
         line = [start + i * step for i in range(r.randint(4, 6))]
-        return f"Which number comes next: {', '.join(map(str, line[:-1]))}?", str(line[-1]), f"The next number is {line[-1]}."
+        return (
+            f"Which number comes next: {', '.join(map(str, line[:-1]))}?",
+            str(line[-1]),
+            f"The next number is {line[-1]}.",
+        )
     items = r.sample(range(100), r.randint(3, 5))
     shown = ", ".join(map(str, items))
     if roll < 0.5:
@@ -227,7 +269,9 @@ def where_is(r: Random) -> Task:
         roll = r.random()
         if roll < 0.55 or step == 0 or who not in at:
             at[who] = r.choice([s for s in spots if s != at.get(who)])
-            lines.append(f"{who} {r.choice(('went to', 'walked to', 'moved to', 'ran to', 'is now in', 'came to'))} {at[who]}.")
+            lines.append(
+                f"{who} {r.choice(('went to', 'walked to', 'moved to', 'ran to', 'is now in', 'came to'))} {at[who]}."
+            )
         elif roll < 0.8 and free:
             holder[free[0]] = who
             lines.append(f"{who} {r.choice(('took', 'picked up', 'found'))} the {free[0]} there.")
@@ -243,7 +287,11 @@ def where_is(r: Random) -> Task:
     if r.random() < 0.25:
         guess = r.choice((at[who], r.choice(spots)))
         yes = guess == at[who]
-        return f"{text} Is {who} in {guess}?", "yes" if yes else "no", f"{'Yes' if yes else 'No'}, {who} is in {at[who]}."
+        return (
+            f"{text} Is {who} in {guess}?",
+            "yes" if yes else "no",
+            f"{'Yes' if yes else 'No'}, {who} is in {at[who]}.",
+        )
     return f"{text} {r.choice((f'Where is {who}?', f'Where is {who} now?'))}", at[who], f"{who} is in {at[who]}."
 
 
@@ -285,7 +333,14 @@ def _some_words(r: Random, n: int) -> list[str]:
 def copy(r: Random) -> Task:
     text = r.choice((lambda: sentence(r), lambda: " ".join(_some_words(r, r.randint(2, 6))), lambda: full_name(r), lambda: made_up(r),
                      lambda: thing(r, 0.9), lambda: passage(r, 2), lambda: str(r.randint(100, 999999))))()  # fmt: skip
-    asks = ("Repeat: {t}", "Copy this: {t}", "Say after me: {t}", "Write this down: {t}", "Repeat this text exactly. {t}", "{t} Please repeat that.")
+    asks = (
+        "Repeat: {t}",
+        "Copy this: {t}",
+        "Say after me: {t}",
+        "Write this down: {t}",
+        "Repeat this text exactly. {t}",
+        "{t} Please repeat that.",
+    )
     return r.choice(asks).format(t=text), text, text
 
 
@@ -294,7 +349,7 @@ def transform(r: Random) -> Task:
     shown, x = ", ".join(items), items[0]
     i = r.randrange(len(items))
     made = {
-        f"Say \"{x}\" twice.": f"{x} {x}",
+        f'Say "{x}" twice.': f"{x} {x}",
         f"Write these in reverse order: {shown}.": ", ".join(reversed(items)),
         f"Sort these words: {shown}.": ", ".join(sorted(items)),
         f"What is the first word in this list: {shown}?": items[0],
@@ -303,7 +358,7 @@ def transform(r: Random) -> Task:
         f"How many words are in this list: {shown}?": w.spelled(len(items)),
         f"Write in capital letters: {x}": x.upper(),
         f"Spell the word {x}.": "-".join(x),
-        f"Join these words with \"and\": {shown}.": " and ".join(items),
+        f'Join these words with "and": {shown}.': " and ".join(items),
         f"Remove {items[i]} from this list: {shown}.": ", ".join(t for t in items if t != items[i]),
         f"Replace {items[i]} by {(new := made_up(r))}: {shown}.": ", ".join(new if t == items[i] else t for t in items),
         f"Write as a list: {shown}.": "\n".join(f"- {t}" for t in items),
@@ -351,20 +406,38 @@ def write(r: Random) -> Task:
 
 
 _REVIEWS = (
-    ("positive", "I loved this {x}. It is {g}.", w._items("wonderful, very useful, beautiful, worth every coin, the best one I have had")),
-    ("negative", "I do not like this {x}. It is {g}.", w._items("too heavy, broken, ugly, a waste of money, the worst I have seen")),
+    (
+        "positive",
+        "I loved this {x}. It is {g}.",
+        w._items("wonderful, very useful, beautiful, worth every coin, the best one I have had"),
+    ),
+    (
+        "negative",
+        "I do not like this {x}. It is {g}.",
+        w._items("too heavy, broken, ugly, a waste of money, the worst I have seen"),
+    ),
     ("positive", "The {x} came early and works {g}.", w._items("well, very well, perfectly, as promised")),
-    ("negative", "The {x} came {g} and I want my money back.", w._items("late, broken, without a key, in the wrong colour")),
+    (
+        "negative",
+        "The {x} came {g} and I want my money back.",
+        w._items("late, broken, without a key, in the wrong colour"),
+    ),
 )
 
 
 def sentiment(r: Random) -> Task:
     label, frame, fills = r.choice(_REVIEWS)
     text = frame.format(x=thing(r), g=r.choice(fills))
-    ask = r.choice(("Is this review positive or negative? {t}", "Positive or negative: {t}", "{t} Was the customer happy?"))
+    ask = r.choice(
+        ("Is this review positive or negative? {t}", "Positive or negative: {t}", "{t} Was the customer happy?")
+    )
     if "happy" in ask:
         yes = label == "positive"
-        return ask.format(t=text), "yes" if yes else "no", f"{'Yes' if yes else 'No'}, the customer was {'' if yes else 'not '}happy."
+        return (
+            ask.format(t=text),
+            "yes" if yes else "no",
+            f"{'Yes' if yes else 'No'}, the customer was {'' if yes else 'not '}happy.",
+        )
     return ask.format(t=text), label, f"The review is {label}."
 
 
@@ -412,14 +485,23 @@ def describe(r: Random) -> Task:
     """Fields in, one sentence out; the sentence is plain, never an advertisement."""
     name, kind, colour, price = made_up(r), r.choice(w.THINGS), r.choice(w.COLOURS), str(r.randint(2, 99))
     stuff, home = r.choice(w.MATERIAL_ADJ), town(r)
-    fields = {"name": name, "type": kind, "colour": colour, "material": stuff, "price": f"{price} coins", "made in": home}
+    fields = {
+        "name": name,
+        "type": kind,
+        "colour": colour,
+        "material": stuff,
+        "price": f"{price} coins",
+        "made in": home,
+    }
     parts = {
         "colour": f"{colour}", "material": f"{stuff}", "price": f"costs {price} coins", "made in": f"was made in {home}",
     }  # fmt: skip
     chosen = r.sample(list(parts), r.randint(1, 4))
     adjs = " ".join(parts[k] for k in ("colour", "material") if k in chosen)
     verbs = [parts[k] for k in ("price", "made in") if k in chosen]
-    full = f"The {name} is {w.article(f'{adjs} {kind}'.strip())}" + (f" that {' and '.join(verbs)}" if verbs else "") + "."
+    full = (
+        f"The {name} is {w.article(f'{adjs} {kind}'.strip())}" + (f" that {' and '.join(verbs)}" if verbs else "") + "."
+    )
     keys = ["name", "type", *chosen]
     shown = r.choice((lambda: "; ".join(f"{k}: {fields[k]}" for k in keys), lambda: "\n".join(f"- {k}: {fields[k]}" for k in keys),
                       lambda: json.dumps({k: fields[k] for k in keys})))()  # fmt: skip
@@ -460,7 +542,11 @@ def true_or_false(r: Random) -> Task:
         return f"True or false: {fact}.", "true", f"True. {fact}."
     a, b = r.sample(w.ANIMALS, 2)
     text, real = f"{w.capital(w.article(a[0]))} {b[1]}", f"{w.capital(w.article(a[0]))} {a[1]}"
-    return f"True or false: {text}.", "true" if text == real else "false", f"True. {real}." if text == real else f"False. {real}."
+    return (
+        f"True or false: {text}.",
+        "true" if text == real else "false",
+        f"True. {real}." if text == real else f"False. {real}.",
+    )
 
 
 TASKS: tuple[tuple[Callable[[Random], Task], float], ...] = (

@@ -71,7 +71,9 @@ Ukraine:Kyiv, Estonia:Tallinn, Latvia:Riga, Lithuania:Vilnius, Slovenia:Ljubljan
 Senegal:Dakar, Mongolia:Ulaanbaatar, the Philippines:Manila, South Korea:Seoul, the Czech Republic:Prague
 """)
 CONTINENT = {
-    "Europe": _items("France, Italy, Spain, Germany, Poland, Norway, Greece, Hungary, Portugal, Sweden, Ireland, Austria"),
+    "Europe": _items(
+        "France, Italy, Spain, Germany, Poland, Norway, Greece, Hungary, Portugal, Sweden, Ireland, Austria"
+    ),
     "Africa": _items("Egypt, Kenya, Ghana, Nigeria, Morocco, Senegal, Ethiopia, Tunisia, Uganda, Mali, Zambia"),
     "Asia": _items("Japan, China, India, Nepal, Thailand, Vietnam, Mongolia, Iran, South Korea, Indonesia"),
     "South America": _items("Peru, Chile, Brazil, Argentina, Colombia, Ecuador, Uruguay, Bolivia"),
@@ -110,7 +112,9 @@ fox wolf bear deer owl eagle hawk otter badger hedgehog squirrel mole hare lynx 
 whale dolphin shark tiger lion zebra giraffe elephant camel monkey crocodile lizard frog toad snake spider beetle ant
 bee butterfly sparrow robin falcon penguin
 """)
-FRUITS = _words("apple pear plum cherry peach orange lemon banana grape fig melon apricot mango lime quince kiwi date raspberry")
+FRUITS = _words(
+    "apple pear plum cherry peach orange lemon banana grape fig melon apricot mango lime quince kiwi date raspberry"
+)
 VEGETABLES = _words("""
 carrot potato onion tomato cabbage leek turnip radish cucumber pumpkin pepper beetroot bean pea mushroom lettuce celery
 """)
@@ -123,7 +127,9 @@ spinach tart, a ham sandwich, a green salad, spaghetti, fried rice, roast potato
 STAPLES = _words("""
 bread butter milk flour sugar salt rice honey jam oil tea coffee soup cheese meat fish pepper cream juice cake porridge
 """)
-DRINKS = _items("tea, coffee, milk, water, apple juice, lemonade, cocoa, ginger beer, red wine, white wine, cider, mint tea")
+DRINKS = _items(
+    "tea, coffee, milk, water, apple juice, lemonade, cocoa, ginger beer, red wine, white wine, cider, mint tea"
+)
 TASTES = _pairs("""
 lemon:sour, sugar:sweet, honey:sweet, salt:salty, vinegar:sour, coffee:bitter, chilli:hot, cake:sweet, seawater:salty,
 cocoa:bitter, jam:sweet, candy:sweet, pickle:sour, ginger:hot
@@ -148,7 +154,9 @@ MATERIALS = _pairs("""
 table:wood, window:glass, ring:gold, coin:metal, scarf:wool, shirt:cotton, candle:wax, brick:clay, book:paper, boot:leather,
 bottle:glass, sail:cloth, nail:iron, bowl:clay, tyre:rubber, statue:stone, basket:straw, bridge:steel, button:bone
 """)
-ROOMS = _words("kitchen garden bathroom bedroom office hallway cellar attic garage library pantry balcony workshop stable barn")
+ROOMS = _words(
+    "kitchen garden bathroom bedroom office hallway cellar attic garage library pantry balcony workshop stable barn"
+)
 SPOTS = _items("""
 the market, the harbour, the station, the old mill, the church, the school, the town hall, the river, the bridge, the park,
 the forest, the lake, the beach, the hill, the castle, the museum, the hospital, the post office, the bakery, the farm,
@@ -206,7 +214,9 @@ ADVERBS = _words("""
 slowly quickly quietly loudly carefully gently suddenly happily sadly angrily politely bravely lazily softly eagerly
 patiently nervously proudly calmly secretly badly well often never always sometimes soon again together alone
 """)
-SPORTS = _words("football tennis chess swimming running cycling skating rowing climbing sailing boxing hockey volleyball")
+SPORTS = _words(
+    "football tennis chess swimming running cycling skating rowing climbing sailing boxing hockey volleyball"
+)
 HOBBIES = _items("""
 reading, painting, cooking, fishing, singing, dancing, gardening, hiking, knitting, playing chess, playing the piano,
 collecting stamps, riding horses, baking bread, taking pictures, watching birds, building model ships, learning languages,

@@ -1,0 +1,85 @@
+"""What pydantic found, in a user's words: the place, what is wrong, the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """Each problem of a file that should have been a `root`."""
+    return [_explain_one(e, root) for e in error.errors()]
+
+
+def _explain_one(e: Any, root: type[BaseModel]) -> str:
+    loc = [str(part) for part in e["loc"]]
+    kind, model = e["type"], _model_at(e["loc"], root)
+    place = ".".join(_without_tags(e["loc"], root))
+    if kind == "extra_forbidden":
+        known = sorted(model.model_fields) if model else []
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.55)
+        tail = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{place}: unknown key; {tail}"
+    if kind == "missing":
+        return f"{place}: this key is needed"
+    if kind == "union_tag_invalid":
+        known = [tag.strip("' ") for tag in e["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(str(e["ctx"]["tag"]), known, n=1)
+        tail = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
+        return f"{place}.name: {e['ctx']['tag']!r} is not known; {tail}"
+    if kind == "union_tag_not_found":
+        return f"{place}: needs a `name` that says which one it is"
+    if kind == "value_error":
+        return f"{place}: {e['ctx']['error']}" if place else str(e["ctx"]["error"])
+    shown = repr(e["input"])
+    return f"{place}: {e['msg'][0].lower()}{e['msg'][1:]} (here: {shown if len(shown) < 80 else shown[:77] + '…'})"
+
+
+def _walk(loc: tuple[Any, ...], root: type[BaseModel]):
+    """Yields (part of an error's location, whether it is a key of the file, the model that follows it)."""
+    model: Any = root
+    for part in loc:
+        if isinstance(part, int):
+            yield part, True, model
+            continue
+        members = _members(model)
+        if len(members) > 1 and (tagged := [m for m in members if _tag(m) == part]):
+            model = tagged[0]
+            yield part, False, model
+            continue
+        owner = members[0] if members else None
+        field = owner.model_fields.get(part) if owner else None
+        if owner and field is None and part in ("str", "int", "float", "literal['all-linear']", "list[str]"):
+            yield part, False, model
+            continue
+        is_key = owner is not None
+        model = field.annotation if field else None
+        yield part, is_key or field is not None, model
+
+
+def _without_tags(loc: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+    parts = [str(part) for part, is_key, _ in _walk(loc, root) if is_key]
+    return parts or [str(part) for part in loc]
+
+
+def _model_at(loc: tuple[Any, ...], root: type[BaseModel]) -> type[BaseModel] | None:
+    model: Any = root
+    for _, _, found in _walk(loc[:-1], root):
+        model = found
+    members = _members(model)
+    return members[0] if members else None
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The models named anywhere in an annotation: Format → [TextFormat, …], list[Source] → [Source]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in get_args(annotation) for m in _members(arg)]
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("name")
+    args = get_args(field.annotation) if field else ()
+    return args[0] if args else None

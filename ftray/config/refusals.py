@@ -1,0 +1,135 @@
+"""Combinations of a run file's keys that do not work: each with the reason and the nearest thing that does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ftray.config.methods import VIRTUAL_TOKENS, DoRA, Freeze, Full, LoRA
+from ftray.config.training import BITSANDBYTES
+
+if TYPE_CHECKING:
+    from ftray.config.run import Run
+
+
+def refusals(run: Run) -> Iterator[str]:
+    """Why `run` cannot work, most basic reason first."""
+    yield from _batches(run)
+    yield from _methods(run)
+    yield from _optimizers(run)
+    yield from _zero(run)
+    yield from _objectives(run)
+
+
+def _batches(run: Run) -> Iterator[str]:
+    train, workers = run.train, run.workers
+    if train.batch_rows < workers.count:
+        yield (
+            f"train.batch_rows {train.batch_rows} leaves some of {workers.count} workers without a row in every step;"
+            " raise train.batch_rows or lower workers.count"
+        )
+    if not (run.data.held_out or run.data.held_out_fraction):
+        for key in ("evaluate_every", "early_stopping"):
+            if getattr(train, key):
+                yield f"train.{key} needs held-out rows: set data.held_out or data.held_out_fraction"
+
+
+def _methods(run: Run) -> Iterator[str]:
+    method, train = run.method, run.train
+    if run.model.random_weights and not isinstance(method, Full):
+        yield f"model.random_weights with method {method.name!r} would adapt noise; pretrain with method `full`"
+    if isinstance(method, VIRTUAL_TOKENS) and run.data.packing == "off":
+        yield (
+            f"method {method.name} puts virtual tokens before every packed sequence and has no padded layout; use"
+            " data.packing: batch, which gives the same losses"
+        )
+    if isinstance(method, VIRTUAL_TOKENS) and train.layer_decay != 1:
+        yield f"train.layer_decay has nothing to act on: method {method.name} trains no blocks; set it to 1"
+
+
+def _optimizers(run: Run) -> Iterator[str]:
+    method, train = run.method, run.train
+    if train.optimizer != "mezo":
+        return
+    if method.name == "adalora":
+        yield "adalora judges ranks by their gradients, and mezo has none; use method lora, or optimizer adamw"
+    if train.gradient_checkpointing:
+        yield "optimizer mezo has no backward pass, so train.gradient_checkpointing would do nothing; set it to false"
+    if run.strategy:
+        yield (
+            "optimizer mezo has neither gradients nor states that ZeRO could divide; leave `strategy` out: workers then"
+            " exchange one number a step"
+        )
+
+
+def _zero(run: Run) -> Iterator[str]:
+    strategy, method, optimizer = run.strategy, run.method, run.train.optimizer
+    if strategy is None:
+        return
+    if strategy.zero == 3 and method.quantized:
+        yield (
+            "ZeRO 3 cannot divide a base in NF4 (DeepSpeed leaves quantized weights out of it); use strategy.zero: 2,"
+            f" with the base on each worker, or method {'lora' if method.name == 'qlora' else 'lora or dora'}"
+        )
+    if strategy.zero == 3 and not isinstance(method, Full | Freeze | LoRA | DoRA):
+        yield f"method {method.name} does not work on weights that ZeRO 3 divides; use strategy.zero: 2, or method lora"
+    if strategy.zero > 0 and method.name == "adalora":
+        yield (
+            "adalora judges every rank by its whole gradient, which ZeRO 1 to 3 divide; use method lora, or leave"
+            " `strategy` out"
+        )
+    if strategy.offload_parameters != "none" and strategy.zero != 3:
+        yield (
+            f"strategy.offload_parameters needs strategy.zero: 3, here {strategy.zero}: below it, every worker holds"
+            " the weights; offload_optimizer works from zero: 1 on"
+        )
+    if strategy.offload_optimizer != "none" and strategy.zero == 0:
+        yield "strategy.offload_optimizer needs divided optimizer states: set strategy.zero to 1, 2 or 3"
+    if strategy.offload_optimizer == "nvme" and strategy.zero != 3:
+        yield f"offload to NVMe is ZeRO 3's alone, here {strategy.zero}; use offload_optimizer: cpu, or zero: 3"
+    nvme = "nvme" in (strategy.offload_optimizer, strategy.offload_parameters)
+    if nvme and not strategy.nvme_path:
+        yield "offload to nvme needs strategy.nvme_path, a folder on a fast local disk"
+    if strategy.nvme_path and not nvme:
+        yield "strategy.nvme_path is set, but nothing is offloaded to nvme; set offload_optimizer: nvme or leave it out"
+    if strategy.offload_parameters == "nvme" and strategy.offload_optimizer == "none":
+        yield (
+            "weights on NVMe with optimizer states on the device save nothing where it counts; set"
+            " strategy.offload_optimizer to nvme or cpu"
+        )
+    if optimizer in BITSANDBYTES:
+        yield (
+            f"ZeRO divides the states that {optimizer} would hold in 8 bits or page; use train.optimizer: adamw, with"
+            " strategy.offload_optimizer: cpu to keep them off the device"
+        )
+    if strategy.offload_optimizer != "none" and optimizer not in ("adamw", *BITSANDBYTES):
+        yield f"offloaded states are updated by DeepSpeed's CPU Adam, not by {optimizer}; use train.optimizer: adamw"
+    if optimizer == "adafactor" and strategy.zero > 0:
+        yield (
+            "adafactor's row and column states need whole matrices, and ZeRO 1 to 3 flatten and divide them; use adamw"
+            " with strategy.offload_optimizer: cpu"
+        )
+
+
+def _objectives(run: Run) -> Iterator[str]:
+    sources = {f"data.sources.{i}": s for i, s in enumerate(run.data.sources)}
+    sources |= {f"data.held_out.{i}": s for i, s in enumerate(run.data.held_out)}
+    preference = run.objective.name == "dpo"
+    for key, source in sources.items():
+        if preference != (source.format.name == "preference"):
+            yield (
+                f"{key} has the format {source.format.name}, and objective {run.objective.name} takes"
+                f" {'`preference` rows: prompt, chosen, rejected' if preference else 'all others; set objective: dpo'}"
+            )
+    if not preference:
+        return
+    if run.data.packing != "batch":
+        yield f"objective dpo keeps a pair's two completions together; set data.packing: batch, not {run.data.packing}"
+    if run.train.label_smoothing:
+        yield "train.label_smoothing smooths tokens, and dpo's loss is of pairs; use objective.label_smoothing"
+    divided = run.strategy is not None and run.strategy.zero == 3
+    if divided and not run.method.frozen_base and not run.objective.reference_free:  # type: ignore[union-attr]
+        yield (
+            "dpo would need a second, frozen copy of weights that ZeRO 3 divides; use method lora, whose reference is"
+            " the base itself, strategy.zero: 2, or objective.reference_free: true"
+        )

@@ -1,0 +1,140 @@
+"""What a run is: the run file, strict and complete."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BeforeValidator, Field, model_validator
+
+from ftray.config.data import Data
+from ftray.config.methods import Method
+from ftray.config.refusals import refusals
+from ftray.config.strict import Strict, by_name
+from ftray.config.training import Train
+
+
+class Model(Strict):
+    path: str
+    """A folder in Hugging Face format, a hub name, any fsspec URI of such a folder, or `embedded` for the tiny base
+    that ships with ftray."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name; null: the default branch."""
+    random_weights: bool = False
+    """True: the shape of `path` (its config.json) with fresh weights drawn from `seed`: pretraining and benchmarks."""
+    trust_remote_code: bool = False
+    """True runs Python code that came with the model. Off unless you have read it."""
+
+
+class SFT(Strict):
+    """Supervised tuning: the cross-entropy of target tokens."""
+
+    name: Literal["sft"]
+
+
+class DPO(Strict):
+    """Direct preference optimization (Rafailov et al. 2023), on rows of format `preference`. The reference is the base
+    with the adapter off, or a frozen copy of it where the base itself is trained."""
+
+    name: Literal["dpo"]
+    beta: float = Field(0.1, gt=0)
+    """How closely the model is held to the reference."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs assumed to be labelled the wrong way round (conservative DPO)."""
+    reference_free: bool = False
+    """True: the reference gives every completion the same probability."""
+
+
+Objective = Annotated[Union[SFT, DPO], Field(discriminator="name")]  # noqa: UP007
+
+
+class Strategy(Strict):
+    zero: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed ZeRO divides among the workers: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer states lie and are updated."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """ZeRO 3: where weights lie while they are not needed."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk of every node, for `nvme`."""
+    pin_memory: bool = True
+    """Page-lock what is offloaded: faster copies to a GPU, and the host cannot swap it out. Without a GPU no effect."""
+    bucket_elements: int = Field(50_000_000, ge=1000)
+    """Elements that are communicated at once."""
+    keep_elements: int = Field(100_000_000, ge=0)
+    """ZeRO 3: elements of gathered weights that a worker keeps ready between uses, at most."""
+
+
+class Workers(Strict):
+    count: int = Field(1, ge=1)
+    """Ray Train workers, each with a copy of the model."""
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """GPUs a worker; `auto`: one if the cluster has any, else none."""
+    cpus: float | None = Field(None, gt=0)
+    """CPUs a worker; null: 1, or an even share of this machine when Ray runs locally without GPUs."""
+    retries: int = Field(3, ge=-1)
+    """Times that Ray Train may start the group again after a worker died; -1: without limit."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of one GPU, for the memory plan; null: nothing is compared."""
+
+
+class Logging(Strict):
+    every: int = Field(10, ge=1)
+    """Steps between lines in a log without a terminal."""
+    tensorboard: bool = True
+    """Write `tensorboard/` in the run's folder."""
+    mlflow: str | None = None
+    """MLflow tracking URI; null: off. Needs the extra `mlflow`."""
+    wandb: str | None = None
+    """Weights & Biases project; null: off. Needs the extra `wandb`."""
+
+
+class Run(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Name of the run: letters, digits, `.`, `_`, `-`."""
+    model: Model
+    method: Method
+    data: Data
+    train: Train
+    objective: Annotated[Objective, BeforeValidator(by_name)] = SFT(name="sft")
+    """A name, or a mapping with `name` and its keys."""
+    strategy: Strategy | None = None
+    """DeepSpeed ZeRO; null: every worker holds the whole model (torch's DDP)."""
+    workers: Workers = Workers()
+    logging: Logging = Logging()
+    output: str = "runs/{name}"
+    """The run's folder: a path or any fsspec URI; `{name}` is the run's name."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Order of rows, dropout, fresh weights."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Run:
+        for reason in refusals(self):
+            raise ValueError(reason)
+        return self
+
+    @property
+    def folder(self) -> str:
+        """The run's folder, with the name filled in."""
+        return self.output.replace("{name}", self.name)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a worker in one step, at most."""
+        rows = -(-self.train.batch_rows // self.workers.count)
+        return -(-rows // self.train.micro_batch_rows)
+
+    def total_steps(self, rows_per_epoch: int) -> int:
+        """Optimizer steps: as given, or the epochs times the steps of one, of which the last may be short."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.epochs is not None
+        return max(1, math.ceil(self.train.epochs * math.ceil(rows_per_epoch / self.train.batch_rows)))
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved run as plain values, every default filled in."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=110)

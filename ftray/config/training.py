@@ -1,0 +1,100 @@
+"""`train`: steps, batch, optimizer, evaluation, commits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ftray.config.strict import Strict, by_name
+
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "lion", "adafactor", "mezo"]
+BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+
+
+class Schedule(Strict):
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After the warm-up: `constant`; `linear` or `cosine` down to `final`; `wsd` (warm-up, stable, decay): constant,
+    then linearly down over the last `decay`."""
+    warmup: int | float = Field(0.03, ge=0)
+    """Steps of linear warm-up from 0: a whole number of steps, or a share of all steps below 1."""
+    final: float = Field(0.0, ge=0, le=1)
+    """The last step's rate as a share of the peak."""
+    decay: float = Field(0.2, ge=0, le=1)
+    """`wsd`: share of all steps spent in decay."""
+
+
+class EarlyStopping(Strict):
+    patience: int = Field(3, ge=1)
+    """Evaluations in a row without a better held-out loss before the run ends."""
+    min_improvement: float = Field(0.0, ge=0)
+    """What counts as better: the loss must fall by more than this (nats a target token)."""
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Train(Strict):
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the mixture. Give this or `steps`."""
+    batch_rows: int = Field(16, ge=1)
+    """Rows of one optimizer step, over all workers and micro-batches: what other trainers call the global batch."""
+    micro_batch_rows: int = Field(8, ge=1)
+    """Rows that one worker puts through the model at once. Accumulation follows: batch_rows / (workers × this)."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak rate."""
+    schedule: Annotated[Schedule, BeforeValidator(by_name)] = Schedule()
+    """A name, or a mapping with `name` and its keys."""
+    optimizer: Optimizer = "adamw"
+    """`adamw`: torch's, fused. `adamw_8bit`, `paged_adamw_8bit`, `paged_adamw_32bit`: bitsandbytes', with 8-bit states
+    and states paged to the host. `sgd`; `lion` (Chen et al. 2023), one state instead of two; `adafactor` (Shazeer and
+    Stern 2018), a state of rows and columns. `mezo` (Malladi et al. 2023): two forward passes instead of gradients, and
+    no state at all, so training takes the memory of inference."""
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
+    """Adam's and Lion's decay of the mean and of the variance."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Adam's denominator guard."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of `sgd`."""
+    perturbation: float = Field(1e-3, gt=0)
+    """Of `mezo`: how far the weights are moved to either side, epsilon of the paper."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices; biases, norms and magnitudes never decay."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """The rate of each block is that of the block above it times this, and so down to the embeddings; 1: one rate."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest norm of the whole gradient; null: no clipping. `mezo` has no gradient to clip."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target's probability spread evenly over the vocabulary (Szegedy et al. 2016). The training loss
+    contains it, held-out loss never does."""
+    neftune: float | None = Field(None, gt=0)
+    """Noise on the embeddings in training, alpha of NEFTune (Jain et al. 2023), for example 5; null: none."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """What forward and backward compute in, and what frozen weights that are not quantized are held in. Trained weights
+    and their optimizer state stay fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: activations of one block instead of all, for a third more time."""
+    evaluate_every: int | None = Field(None, ge=1)
+    """Steps between evaluations on held-out rows; null: at the start and the end alone."""
+    evaluate_rows: int | None = Field(None, ge=1)
+    """Held-out rows used at most; null: all."""
+    commit_every: int | None = Field(None, ge=1)
+    """Steps between commits; null: at each evaluation and at the end."""
+    keep_last: int = Field(2, ge=1)
+    """Newest commits that are kept."""
+    keep_best: bool = True
+    """Keep the commit with the lowest held-out loss, and make the artefact of it; false: of the last."""
+    early_stopping: EarlyStopping | None = None
+    """End when held-out loss no longer falls; null: never."""
+    max_skipped: int = Field(5, ge=0)
+    """Steps in a row with a loss or gradient that is not finite before the run stops. Such a step changes nothing."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        if self.early_stopping and not self.evaluate_every:
+            raise ValueError("early_stopping needs `evaluate_every`, the steps between evaluations")
+        return self
