@@ -13,9 +13,10 @@ from ftray.config import LOW_RANK, Run, Source
 from ftray.errors import DataError
 from ftray.manifest import is_local
 from ftray.model.advice import Advice, cheapest_fit
-from ftray.model.plan import GIB, Plan, make_plan, targeted
+from ftray.model.plan import Plan, make_plan, targeted
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
+from ftray.model.states import GIB, PLACES
 from ftray.train.schedule import warmup_steps
 
 
@@ -212,10 +213,17 @@ def unquantized_text(paths: tuple[str, ...]) -> str:
 
 def memory_text(check: Check) -> str:
     plan = check.plan
-    rows = [(item.name, _amount(item.bytes), item.how) for item in plan.items]
-    rows.append(("total", _amount(round(plan.total_gib * GIB)), ""))
+    places = [place for place in PLACES if plan.gib_on(place)]
+    if len(places) == 1:
+        rows: list[tuple[str, ...]] = [(item.name, _amount(item.bytes), item.how) for item in plan.items]
+        rows.append(("total", _amount(round(plan.total_gib * GIB)), ""))
+        head: tuple[str, ...] = ("what", "memory", "how")
+    else:
+        rows = [(item.name, _amount(item.bytes), item.place, item.how) for item in plan.items]
+        rows += [("total", _amount(round(plan.gib_on(place) * GIB)), place, "") for place in places]
+        head = ("what", "memory", "where", "how")
     note = f"one worker's, at most: micro-batches of {some(plan.tokens, 'token')}, every row as long as data.max_length"
-    return "\n".join([note, table(("what", "memory", "how"), rows, right=(1,)), _verdict(check)])
+    return "\n".join([note, table(head, rows, right=(1,)), _verdict(check)])
 
 
 def _amount(amount: int) -> str:

@@ -13,7 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ftray.config import LOW_RANK, DoRA, Full, QDoRA, Run
+from ftray.config import (
+    IA3,
+    LOW_RANK,
+    AdaLoRA,
+    Bottleneck,
+    DoRA,
+    Freeze,
+    Full,
+    Prompt,
+    PTuning,
+    QDoRA,
+    Run,
+    VeRA,
+)
 from ftray.model.shapes import Linear, Shapes
 from ftray.model.targets import rank_of
 
@@ -23,23 +36,38 @@ _PLAIN_NORM = ("gpt2", "gpt_neox")
 
 
 def micro_batch_tokens(run: Run) -> int:
-    """Tokens that one worker puts through the model at once, if every row were as long as `data.max_length`."""
+    """Tokens that one worker puts through the model at once, if every row were as long as `data.max_length`; virtual
+    tokens that go through every layer are among them."""
     rows = min(run.train.micro_batch_rows, -(-run.train.batch_rows // run.workers.count))
-    return rows * run.data.max_length
+    virtual = run.method.tokens if isinstance(run.method, Prompt | PTuning) else 0
+    return rows * (run.data.max_length + virtual)
+
+
+def layers_with_gradients(run: Run, shapes: Shapes) -> int:
+    """Layers that the backward pass goes through: from the lowest one with a trained parameter to the top."""
+    method = run.method
+    if run.train.optimizer == "mezo":
+        return 0
+    if isinstance(method, Freeze) and not (method.norms or method.embeddings or method.also):
+        return min(method.blocks, shapes.layers)
+    return shapes.layers
 
 
 def saved_bytes(run: Run, shapes: Shapes, targets: Sequence[Linear]) -> tuple[int, str]:
     """(bytes kept for the backward pass, the arithmetic in words)."""
     tokens, compute = micro_batch_tokens(run), COMPUTE_BYTES[run.train.precision]
+    layers = layers_with_gradients(run, shapes)
+    if run.train.optimizer == "mezo":
+        return 0, "no backward pass"
     stream = 4 if isinstance(run.method, Full) else compute  # trained embeddings make an fp32 residual stream
     layer = layer_bytes(run, shapes, targets)
     ends = 2 * (4 + compute) * shapes.hidden  # last norm, hidden states of the targets and their gradient
     if run.train.gradient_checkpointing:
         each = stream * shapes.hidden
-        how = f"{tokens:,} tokens × ({shapes.layers} block inputs × {each:,.0f} B + one block's {layer:,.0f} B)"
-        return int(tokens * (shapes.layers * each + layer + ends)), how
-    how = f"{tokens:,} tokens × {shapes.layers} layers × {layer:,.0f} B"
-    return int(tokens * (shapes.layers * layer + ends)), how
+        how = f"{tokens:,} tokens × ({layers} block inputs × {each:,.0f} B + one block's {layer:,.0f} B)"
+        return int(tokens * (layers * each + layer + ends)), how
+    how = f"{tokens:,} tokens × {layers} layers × {layer:,.0f} B"
+    return int(tokens * (layers * layer + ends)), how
 
 
 def layer_bytes(run: Run, shapes: Shapes, targets: Sequence[Linear]) -> float:
@@ -63,9 +91,20 @@ def _linear_inputs(run: Run, shapes: Shapes, targets: Sequence[Linear]) -> float
     """Inputs of linear layers whose weights (or adapters) are trained, and what adapters keep besides. Layers that read
     the same tensor share it, unless each has a copy of its own: cast down by autocast, or thinned by dropout."""
     method, compute = run.method, COMPUTE_BYTES[run.train.precision]
-    if not isinstance(method, LOW_RANK):
+    if isinstance(method, Full | Freeze):
         own = run.train.precision == "bf16"
         return compute * _input_widths(shapes.linears, own) / shapes.layers
+    if isinstance(method, Bottleneck):  # its input, and both sides of the activation
+        return compute * (2 if method.placement == "houlsby" else 1) * (shapes.hidden + 2 * method.size)
+    if isinstance(method, IA3):  # what a factor multiplies
+        return compute * sum(layer.outputs for layer in targets) / shapes.layers
+    if isinstance(method, VeRA):  # A x, and B of it, which the two vectors multiply
+        return compute * sum(method.rank + layer.outputs for layer in targets) / shapes.layers
+    if isinstance(method, AdaLoRA):
+        total = _input_widths(targets, own=method.dropout > 0) + 2 * method.rank * len(targets)
+        return compute * total / shapes.layers
+    if not isinstance(method, LOW_RANK):  # prefixes and prompts train no weight that reads an activation
+        return 0.0
     total = compute * _input_widths(targets, own=method.dropout > 0)
     total += compute * sum(rank_of(layer.path, method) for layer in targets)
     if method.dropout:  # the mask: a byte on GPUs, scaled in the compute type on CPUs

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ftray.config import LOW_RANK, Run
+from pydantic import ValidationError
+
+from ftray.config import DoRA, Freeze, Full, LoRA, Run
 from ftray.model.plan import Plan, make_plan
 from ftray.model.shapes import Shapes
 
@@ -24,11 +26,12 @@ class Advice:
 def cheapest_fit(run: Run, shapes: Shapes) -> Advice | None:
     """The first of the changes, in the order of what they cost, with which the run fits; None if none does, or if it
     fits as it is. Smaller micro-batches change nothing but time, checkpointing costs a third more of it, 8-bit states
-    and NF4 change the numbers a little, and training adapters instead of everything changes the method."""
+    and NF4 change the numbers a little, offload to the host (ZeRO 2, then 3) costs more time, and training adapters
+    instead of everything changes the method."""
     if make_plan(run, shapes).fits is not False:
         return None
     for overrides in _candidates(run):
-        if make_plan(_with(run, overrides), shapes).fits:
+        if _fits(run, shapes, overrides):
             needed = _needed(run, shapes, overrides)
             texts = tuple(f"{key}={_yaml(key, value)}" for key, value in needed.items())
             return Advice(texts, make_plan(_with(run, needed), shapes))
@@ -39,9 +42,17 @@ def _needed(run: Run, shapes: Shapes, overrides: dict[str, object]) -> dict[str,
     """Without those that it fits without; the dearest are tried first."""
     for key in reversed(list(overrides)):
         fewer = {k: v for k, v in overrides.items() if k != key}
-        if make_plan(_with(run, fewer), shapes).fits:
+        if _fits(run, shapes, fewer):
             overrides = fewer
     return overrides
+
+
+def _fits(run: Run, shapes: Shapes, overrides: dict[str, object]) -> bool:
+    try:
+        changed = _with(run, overrides)
+    except ValidationError:  # these do not go together
+        return False
+    return bool(make_plan(changed, shapes).fits)
 
 
 def _candidates(run: Run) -> Iterator[dict[str, object]]:
@@ -54,14 +65,23 @@ def _candidates(run: Run) -> Iterator[dict[str, object]]:
     yield from (change for change in smaller if int(str(change["train.micro_batch_rows"])) * length >= _BUSY_TOKENS)
     recompute: dict[str, object] = {} if run.train.gradient_checkpointing else {"train.gradient_checkpointing": True}
     steps: list[dict[str, object]] = [recompute]
-    if run.train.optimizer != "paged_adamw_8bit":
+    if run.train.optimizer != "paged_adamw_8bit" and run.strategy is None:
         steps.append(steps[-1] | {"train.optimizer": "paged_adamw_8bit"})
-    if not isinstance(run.method, LOW_RANK):
-        steps.append(recompute | {"method": "qlora"})
-    elif not run.method.quantized:
+    if isinstance(run.method, Full | Freeze):
+        if run.strategy is None or run.strategy.offload_parameters == "none":
+            adamw: dict[str, object] = {} if run.train.optimizer == "adamw" else {"train.optimizer": "adamw"}
+            steps += [recompute | adamw | {"strategy": offload} for offload in (_STATES_TO_HOST, _ALL_TO_HOST)]
+        steps.append(recompute | ({"strategy": None} if run.strategy else {}) | {"method": "qlora"})
+    elif isinstance(run.method, LoRA | DoRA):
         steps.append(steps[-1] | {"method.name": f"q{run.method.name}"})
+    elif not run.method.quantized:
+        steps.append(steps[-1] | {"method.quantization": "nf4"})
     for step in steps:
         yield from (step | change for change in ({}, *smaller) if step or change)
+
+
+_STATES_TO_HOST = {"zero": 2, "offload_optimizer": "cpu"}
+_ALL_TO_HOST = {"zero": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
 
 
 def _with(run: Run, overrides: dict[str, object]) -> Run:
@@ -78,4 +98,6 @@ def _with(run: Run, overrides: dict[str, object]) -> Run:
 def _yaml(key: str, value: object) -> str:
     if key == "method":
         return f"'{{name: {value}}}'"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, dict):
+        return "'{" + ", ".join(f"{name}: {item}" for name, item in value.items()) + "}'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -13,18 +13,10 @@ from ftray.config import Model, Run, parse_run
 from ftray.errors import ModelError
 from ftray.model.activations import layer_bytes, micro_batch_tokens, saved_bytes
 from ftray.model.advice import cheapest_fit
-from ftray.model.plan import (
-    GIB,
-    LOGIT_BYTES,
-    LOSS_CHUNK_TOKENS,
-    make_plan,
-    nf4_bytes,
-    optimizer_bytes,
-    targeted,
-    trained_tensors,
-)
+from ftray.model.plan import LOGIT_BYTES, LOSS_CHUNK_TOKENS, make_plan, targeted, trained_tensors
 from ftray.model.shapes import KNOWN_FAMILIES, Linear, Shapes, shapes_of
 from ftray.model.source import find_config, find_shapes
+from ftray.model.states import GIB, nf4_bytes, optimizer_bytes
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B"
 
@@ -366,6 +358,10 @@ def test_no_advice_without_a_need() -> None:
     assert cheapest_fit(a_run(workers=", gpu_memory_gib: 80"), shapes) is None
 
 
+STATES_TO_HOST = "{zero: 2, offload_optimizer: cpu}"
+ALL_TO_HOST = "{zero: 3, offload_optimizer: cpu, offload_parameters: cpu}"
+
+
 @pytest.mark.parametrize(
     ("method", "gib", "overrides"),
     [
@@ -373,7 +369,9 @@ def test_no_advice_without_a_need() -> None:
         ("{name: qlora}", 12, ("train.gradient_checkpointing=true",)),
         ("{name: lora}", 12, ("train.gradient_checkpointing=true", "method.name=qlora")),
         ("{name: dora}", 14, ("train.gradient_checkpointing=true", "method.name=qdora")),
-        ("{name: full}", 12, ("train.gradient_checkpointing=true", "method='{name: qlora}'")),
+        ("{name: full}", 60, (f"strategy='{STATES_TO_HOST}'",)),
+        ("{name: full}", 12, ("train.gradient_checkpointing=true", f"strategy='{ALL_TO_HOST}'")),
+        ("{name: full}", 8, ("train.gradient_checkpointing=true", "method='{name: qlora}'")),
     ],
 )
 def test_the_cheapest_change_that_fits(method: str, gib: int, overrides: tuple[str, ...]) -> None:
