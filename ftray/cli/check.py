@@ -60,6 +60,7 @@ class Check:
             },
             "plan": self.plan.to_json() | {"config_from": self.origin},
             "advice": list(self.advice.overrides) if self.advice else [],
+            "advice_instead": list(self.advice.instead.overrides) if self.advice and self.advice.instead else [],
             "data": [{"key": s.key, "path": s.path, "files": s.files, "bytes": s.bytes} for s in self.sources],
         }
 
@@ -240,5 +241,16 @@ def _verdict(check: Check) -> str:
     over = f"does NOT fit {plan.limit_gib:g} GiB"
     if check.advice is None:
         return f"{over}, nor would any change of the batch, optimizer or method: take a smaller base or a larger GPU"
-    change, gib = " ".join(check.advice.overrides), check.advice.plan.total_gib
-    return f"{over}; the cheapest change that does, {gib:.2f} GiB: {change}"
+    lines = [f"{over}; the cheapest change that does, {_change(check.advice)}"]
+    if check.advice.instead:
+        lines.append(f"or, with adapters in place of full tuning, {_change(check.advice.instead)}")
+    return "\n".join(lines)
+
+
+def _change(advice: Advice) -> str:
+    host = advice.plan.gib_on("host")
+    return (
+        f"{advice.plan.total_gib:.2f} GiB"
+        + (f" and {host:.2f} GiB of the host a worker" if host else "")
+        + f": {' '.join(advice.overrides)}"
+    )

@@ -21,21 +21,33 @@ class Advice:
     """What to add to the command, `key=value` each."""
     plan: Plan
     """The plan with them."""
+    instead: Advice | None = None
+    """Adapters over NF4, where the overrides keep full tuning by moving it to the host."""
 
 
 def cheapest_fit(run: Run, shapes: Shapes) -> Advice | None:
     """The first of the changes, in the order of what they cost, with which the run fits; None if none does, or if it
     fits as it is. Smaller micro-batches change nothing but time, checkpointing costs a third more of it, 8-bit states
-    and NF4 change the numbers a little, offload to the host (ZeRO 2, then 3) costs more time, and training adapters
-    instead of everything changes the method."""
+    and NF4 change the numbers a little, and offload to the host (ZeRO 2, then 3) costs much time and the host's memory;
+    adapters in place of full tuning are told beside it, since they change the method."""
     if make_plan(run, shapes).fits is not False:
         return None
     for overrides in _candidates(run):
         if _fits(run, shapes, overrides):
-            needed = _needed(run, shapes, overrides)
-            texts = tuple(f"{key}={_yaml(key, value)}" for key, value in needed.items())
-            return Advice(texts, make_plan(_with(run, needed), shapes))
+            instead = _instead(run, shapes) if "strategy" in overrides else None
+            return _advice(run, shapes, overrides, instead)
     return None
+
+
+def _advice(run: Run, shapes: Shapes, overrides: dict[str, object], instead: Advice | None = None) -> Advice:
+    needed = _needed(run, shapes, overrides)
+    texts = tuple(f"{key}={_yaml(key, value)}" for key, value in needed.items())
+    return Advice(texts, make_plan(_with(run, needed), shapes), instead)
+
+
+def _instead(run: Run, shapes: Shapes) -> Advice | None:
+    recompute: dict[str, object] = {"train.gradient_checkpointing": True, "method": "qlora"}
+    return _advice(run, shapes, recompute) if _fits(run, shapes, recompute) else None
 
 
 def _needed(run: Run, shapes: Shapes, overrides: dict[str, object]) -> dict[str, object]:
@@ -71,7 +83,6 @@ def _candidates(run: Run) -> Iterator[dict[str, object]]:
         if run.strategy is None or run.strategy.offload_parameters == "none":
             adamw: dict[str, object] = {} if run.train.optimizer == "adamw" else {"train.optimizer": "adamw"}
             steps += [recompute | adamw | {"strategy": offload} for offload in (_STATES_TO_HOST, _ALL_TO_HOST)]
-        steps.append(recompute | ({"strategy": None} if run.strategy else {}) | {"method": "qlora"})
     elif isinstance(run.method, LoRA | DoRA):
         steps.append(steps[-1] | {"method.name": f"q{run.method.name}"})
     elif not run.method.quantized:
