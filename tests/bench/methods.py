@@ -1,0 +1,145 @@
+"""Every method on the same rows, base and steps: what it trains, holds, costs and reaches. A markdown table.
+
+    FTRAY_DATA=… python tests/bench/methods.py [--steps 200] [--methods lora,prefix]
+
+E2E rows on the embedded base, one process and one run after another, without Ray. Each method is taken at the best of
+its rates. Memory is the most that all tensors took at once, weights included, in the first three steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "full": ("{name: full}", (3e-4, 1e-3, 3e-3)),
+    "freeze": ("{name: freeze, blocks: 2, norms: true}", (1e-3, 3e-3, 1e-2)),
+    "lora": ("{name: lora, rank: 16}", (3e-3, 1e-2, 2e-2)),
+    "dora": ("{name: dora, rank: 16}", (3e-3, 1e-2, 2e-2)),
+    "qlora": ("{name: qlora, rank: 16}", (3e-3, 1e-2, 2e-2)),
+    "qdora": ("{name: qdora, rank: 16}", (3e-3, 1e-2, 2e-2)),
+    "adalora": ("{name: adalora, rank: 12, target_rank: 8}", (3e-3, 1e-2, 3e-2)),
+    "vera": ("{name: vera, rank: 128}", (1e-2, 3e-2, 1e-1)),
+    "ia3": ("{name: ia3}", (1e-2, 3e-2, 1e-1)),
+    "bottleneck": ("{name: bottleneck, size: 32, placement: houlsby}", (1e-3, 3e-3, 1e-2)),
+    "prefix": ("{name: prefix, tokens: 20}", (1e-2, 3e-2, 1e-1)),
+    "prompt": ("{name: prompt, tokens: 20}", (1e-2, 3e-2, 1e-1)),
+    "p_tuning": ("{name: p_tuning, tokens: 20}", (1e-3, 3e-3, 1e-2)),
+    "full, MeZO": ("{name: full}", (1e-6, 1e-5, 1e-4)),
+}
+
+
+def a_run(method: str, rate: float, steps: int, data: Path, folder: Path) -> Any:
+    from ftray.config import parse_run
+
+    text, _ = METHODS[method]
+    optimizer = ", optimizer: mezo, schedule: constant" if method.endswith("MeZO") else ""
+    format = "{name: prompt_completion, prompt: '{mr}\\n', completion: '{ref}'}"
+    return parse_run(
+        f"""
+        name: methods
+        model: {{path: embedded}}
+        method: {text}
+        data:
+          sources: [{{path: "{data}/e2e/trainset.csv", format: {format}, limit: 4000}}]
+          held_out: [{{path: "{data}/e2e/devset.csv", format: {format}, limit: 500}}]
+          max_length: 256
+          cache: {folder}/data
+        train: {{steps: {steps}, batch_rows: 16, micro_batch_rows: 16, learning_rate: {rate}{optimizer}}}
+        output: {folder}/run
+        """,
+        "methods",
+    )
+
+
+def measure(method: str, rate: float, steps: int, data: Path) -> dict[str, Any]:
+    """One run in this process."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from ftray.data.prepare import prepare
+    from ftray.data.prepared import PreparedData
+    from ftray.session import ray_session
+    from ftray.train.loop import train_worker
+    from ftray.train.world import World
+
+    class Silent:
+        def emit(self, event: dict[str, Any]) -> None: ...
+        def stop_requested(self) -> bool:
+            return False
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = a_run(method, rate, steps, data, Path(scratch))
+        shared = Path(tempfile.gettempdir()) / "ftray-bench-methods"
+        run = run.model_copy(update={"data": run.data.model_copy(update={"cache": str(shared)})})
+        with ray_session(cpus=2):
+            prepared = PreparedData.open(prepare(run, lambda event: None))
+        world, channel = World(), Silent()
+        summary = train_worker(run, prepared, world, channel)
+        few = run.model_copy(update={"train": run.train.model_copy(update={"steps": 3}), "output": f"{scratch}/few"})
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            train_worker(few, prepared, world, channel)
+    return {
+        "trained": summary["trainable_parameters"],
+        "share": summary["trainable_parameters"] / summary["parameters"],
+        "peak": peak_bytes(profiled),
+        "tokens": summary["target_tokens_per_second"],
+        "base": summary["base_loss"],
+        "loss": summary["final_loss"],
+        "rate": rate,
+    }
+
+
+def peak_bytes(profiled: Any) -> int:
+    """Most bytes of tensors alive at once, from the first one on."""
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--methods", default=",".join(METHODS).replace("full, MeZO", "full; MeZO"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    data = Path(os.environ["FTRAY_DATA"]).resolve() / "data"
+    if arguments.one:
+        method, rate = arguments.one.split("@")
+        print("RESULT " + json.dumps(measure(method, float(rate), arguments.steps, data)))
+        return
+    print(f"| method | trained | share | peak, MiB | targets/s | held-out loss, {arguments.steps} steps | rate |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name in arguments.methods.split(","):
+        method = name.replace(";", ",")
+        found = [alone(method, rate, arguments.steps) for rate in METHODS[method][1]]
+        best = min(found, key=lambda result: result["loss"])
+        print(
+            f"| {method} | {best['trained']:,} | {best['share']:.2%} | {best['peak'] / 2**20:,.0f} |"
+            f" {best['tokens']:,.0f} | {best['base']:.3f} → {best['loss']:.3f} | {best['rate']:g} |",
+            flush=True,
+        )
+
+
+def alone(method: str, rate: float, steps: int) -> dict[str, Any]:
+    """One run in a process of its own."""
+    command = [sys.executable, __file__, "--one", f"{method}@{rate}", "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{method} at {rate} failed:\n{done.stderr[-3000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+if __name__ == "__main__":
+    main()
