@@ -8,7 +8,8 @@ from ftray.cli.console import PlainConsole, open_console
 from ftray.cli.signals import stop_on_signal
 from ftray.cli.words import count, duration, facts, percent
 from ftray.config import Run
-from ftray.errors import EXIT_OK
+from ftray.errors import EXIT_OK, RunStopped
+from ftray.manifest import filesystem, join
 from ftray.session import ray_session
 
 
@@ -35,7 +36,13 @@ def train_run(run: Run, console: PlainConsole, *, verbose: bool) -> tuple[dict[s
         console({"kind": "status", "text": text})
 
     with stop_on_signal(say) as stop:
-        summary = train(run, on_event=console, stop=stop, verbose=verbose)
+        try:
+            summary = train(run, on_event=console, stop=stop, verbose=verbose)
+        except RunStopped:
+            fs, metrics = filesystem(join(run.folder, "metrics.jsonl"))
+            if fs.exists(metrics):
+                _report(run, console)
+            raise
     console.close()
     return summary, _report(run, console)
 

@@ -45,10 +45,8 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
         if committed := commits.newest_identity(run.folder):
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())
-        data_uri = prepare(run, on_event)
-        if stop.is_set():
-            raise RunStopped("stopped before the first step", where=run.folder)
-        on_event({"kind": "status", "text": f"starting {workers_in_words(run)}"})
+        data_uri = prepare(run, _until(stop, on_event, run.folder))
+        _until(stop, on_event, run.folder)({"kind": "status", "text": f"starting {workers_in_words(run)}"})
         with _tracked(run, on_event) as tracked:
             summary = _fit(run, data_uri, tracked, stop, verbose)
     summary["wall_seconds"] = time.perf_counter() - started
@@ -62,6 +60,17 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
             hint="the same command goes on",
         )
     return summary
+
+
+def _until(stop: threading.Event, on_event: Emit, folder: str) -> Emit:
+    """`on_event` that raises RunStopped once `stop` is set."""
+
+    def told(event: dict[str, Any]) -> None:
+        on_event(event)
+        if stop.is_set():
+            raise RunStopped("stopped before the first step", where=folder, hint="the same command begins again")
+
+    return told
 
 
 def workers_in_words(run: Run) -> str:

@@ -99,6 +99,23 @@ def test_an_error_in_the_loop_is_told_once_with_its_cause_and_not_tried_again(tm
     assert "Traceback" not in str(caught.value)
 
 
+def test_a_stop_while_rows_are_prepared(tmp_path):
+    stop, kinds = threading.Event(), []
+
+    def on_event(event):
+        kinds.append(event["kind"])
+        if event["kind"] == "progress":
+            stop.set()
+
+    file = write_run(tmp_path, "early")
+    with pytest.raises(RunStopped, match="before the first step"):
+        fit(file, on_event, stop)
+    assert kinds[-1] == "progress"
+    assert not list((tmp_path / "prepared").glob("*/manifest.json"))
+    stop = threading.Event()
+    assert fit(file, stop=stop)["reason"] == "finished"
+
+
 def test_too_many_bad_rows_stop_before_any_worker_starts(tmp_path):
     file = write_run(tmp_path, "run")
     with (tmp_path / "train.jsonl").open("a") as rows:
