@@ -1,4 +1,4 @@
-"""Training on a CUDA device: the same losses as the CPU's, the planned memory, the share of the peak that is reached."""
+"""Training on a CUDA device: the CPU's losses, the planned memory, the share of the device's peak."""
 
 from __future__ import annotations
 
