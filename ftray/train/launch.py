@@ -315,6 +315,8 @@ def _tracked(run: Run, on_event: Emit) -> Iterator[Emit]:
 
     def event_and_trackers(event: dict[str, Any]) -> None:
         nonlocal sinks
+        if event["kind"] == "start" and sinks:
+            on_event({"kind": "warning", "text": "a worker was lost; Ray Train started the group again"})
         on_event(event)
         if event["kind"] == "start":
             stand_aside("ray::RayTrainWorker")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 
 import pytest
@@ -97,6 +98,33 @@ def test_an_error_in_the_loop_is_told_once_with_its_cause_and_not_tried_again(tm
         fit(file)
     assert str(caught.value).count("matches no linear layer") == 1
     assert "Traceback" not in str(caught.value)
+
+
+def _rank_1_fails_for_good(config):
+    import ray.train
+
+    from ftray.errors import ModelError
+    from ftray.train import launch, loop
+
+    def broken(*_arguments):
+        raise ModelError("the base's folder is empty on this host")
+
+    if ray.train.get_context().get_world_rank() == 1:
+        loop.train_worker = broken
+    launch._worker_main(config)
+
+
+def test_one_worker_that_fails_for_good_ends_the_run(tmp_path, monkeypatch):
+    """The other waits for it in a collective; the run ends all the same, with the one real cause."""
+    from ray import cloudpickle
+
+    from ftray.errors import ModelError
+    from ftray.train import launch
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(launch, "_worker_main", _rank_1_fails_for_good)
+    with pytest.raises(ModelError, match="empty on this host"):
+        fit(write_run(tmp_path, "uneven"))
 
 
 def test_a_stop_while_rows_are_prepared(tmp_path):
