@@ -63,9 +63,8 @@ def main() -> None:
     for name in kinds:
         speed = statistics.median(r[name] for r in rounds)
         ratios = [r[name] / r["base"] for r in rounds]
-        print(
-            f"{name}: {speed:.0f} tokens/s, {statistics.median(ratios):.2f} of the base [{min(ratios):.2f}–{max(ratios):.2f}]"
-        )
+        spread = f"{statistics.median(ratios):.2f} of the base [{min(ratios):.2f}–{max(ratios):.2f}]"
+        print(f"{name}: {speed:.0f} tokens/s, {spread}")
 
 
 if __name__ == "__main__":
