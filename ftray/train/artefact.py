@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from ftray import __version__
-from ftray.config import Full, Run
+from ftray.config import Bottleneck, Run
 from ftray.data.prepared import PreparedData
 from ftray.data.tokenizer import load_tokenizer, local_model_folder
 from ftray.errors import ArtefactError
 from ftray.manifest import describe_files, filesystem, is_local, join
+from ftray.model import bottleneck
 from ftray.model.load import DTYPES, base_digest
 from ftray.redact import redact_values
 from ftray.train.card import model_card
@@ -50,7 +51,7 @@ def _check(model: Any) -> None:
 
 
 def _save(run: Run, model: Any, stage: Path) -> None:
-    if isinstance(run.method, Full):
+    if not run.method.frozen_base:
         kept = {p: p.data for p in model.parameters()}
         try:
             model.to(DTYPES[run.train.precision])
@@ -60,6 +61,8 @@ def _save(run: Run, model: Any, stage: Path) -> None:
             for p, data in kept.items():
                 p.data = data
         load_tokenizer(run.model, run.data.chat_template).save_pretrained(stage)
+    elif isinstance(run.method, Bottleneck):
+        bottleneck.save(model, run.method, run.model, stage)
     else:
         model.save_pretrained(stage, save_embedding_layers=False)  # else PEFT asks a hub about the base
         (stage / "README.md").unlink(missing_ok=True)  # PEFT's; ours follows
@@ -71,7 +74,7 @@ def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dic
     return {
         "format": 1,
         "ftray": __version__,
-        "kind": "model" if isinstance(run.method, Full) else "adapter",
+        "kind": "adapter" if run.method.frozen_base else "model",
         "base": {"path": run.model.path, "revision": run.model.revision, "sha256": base},
         "method": run.method.model_dump(mode="json"),
         "chat_template_sha256": data.facts.get("chat_template_hash"),
