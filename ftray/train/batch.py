@@ -61,10 +61,10 @@ def collate(
         filler = np.array([pad_id], dtype=np.int32)
         rows = [Row(filler, np.zeros(1, bool), np.ones(1, np.int32))]
         return replace(_packed(rows, pad_id, virtual_tokens, prefix_tokens), real_tokens=0)
-    if not packed:
-        assert not (virtual_tokens or prefix_tokens), "a padded row has no place for virtual tokens"
-        return _padded(rows, pad_id)
-    return _packed(rows, pad_id, virtual_tokens, prefix_tokens)
+    if packed:
+        return _packed(rows, pad_id, virtual_tokens, prefix_tokens)
+    assert virtual_tokens == prefix_tokens == 0, "a padded row has no place for virtual tokens"
+    return _padded(rows, pad_id)
 
 
 def _packed(rows: Sequence[Row], pad_id: int, virtual_tokens: int, prefix_tokens: int) -> Batch:
