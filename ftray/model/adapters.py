@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ftray.config import IA3, LOW_RANK, AdaLoRA, Run, VeRA
+from ftray.config import IA3, AdaLoRA, Run, VeRA
 from ftray.errors import ModelError
 from ftray.model.adalora import RankBudget
 from ftray.model.targets import check_patterns, ia3_targets, select
@@ -54,7 +54,6 @@ def lora_config(run: Run, model: nn.Module) -> Any:
     from peft import LoraConfig
 
     method: Any = run.method
-    assert isinstance(method, LOW_RANK)
     candidates = linear_layers(model)
     check_patterns(method, select(method.targets, candidates))
     return LoraConfig(
@@ -71,7 +70,7 @@ def lora_config(run: Run, model: nn.Module) -> Any:
     )
 
 
-def _adalora_config(run: Run, method: AdaLoRA, model: nn.Module, steps: int | None) -> Any:
+def _adalora_config(run: Run, method: Any, model: nn.Module, steps: int | None) -> Any:
     from peft import AdaLoraConfig
 
     assert steps is not None, "AdaLoRA's ranks follow the steps of the whole run"

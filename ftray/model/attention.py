@@ -11,6 +11,7 @@ Shapes: T tokens of the packed row, S sequences of a group, L its longest, P pla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,8 @@ def packed_attention(
     """
     if softcap is not None:
         raise NotImplementedError("this attention has no soft cap; the base must use its own implementation")
-    before = None if prefix is None else prefix[module.layer_idx].to(key.dtype)
+    layer: Any = module.layer_idx
+    before = None if prefix is None else prefix[layer].to(key.dtype)
     if packed is None or packed.groups == ((1, query.shape[2]),):
         out = _causal(query, key, value, scaling, dropout, sliding_window, before)
         return out.transpose(1, 2).contiguous(), None

@@ -58,10 +58,14 @@ class BottleneckAdapter(nn.Module):
         self.down, self.up = nn.Linear(hidden, settings.size), nn.Linear(settings.size, hidden)
         self.activation, self.dropout = _ACTIVATIONS[settings.activation](), nn.Dropout(settings.dropout)
         self.scale = settings.scale
+        self._disable_adapters = False
+        """True: nothing is added. Named as in PEFT's layers, so that who switches those off switches this off too."""
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._disable_adapters:
+            return x
         inner = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.weight.dtype)
         added = self.scale * self.up(self.activation(self.down(self.dropout(inner))))
         return x + added.to(x.dtype)

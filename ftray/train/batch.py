@@ -31,6 +31,8 @@ class Batch:
     """int64 [S·V]: places in the row that virtual tokens take, V in front of each of its S sequences."""
     prefixed: bool
     """Every sequence has a prefix, in keys and values alone, from which positions count."""
+    bare: Batch | None
+    """The same rows without virtual tokens or prefix, for the base alone; None where there are none."""
     real_tokens: int
     """Tokens that are not padding."""
 
@@ -48,7 +50,7 @@ class Batch:
         packed = self.packed
         if packed:
             packed = replace(packed, to_padded=packed.to_padded.to(device), to_packed=packed.to_packed.to(device))
-        return replace(self, **moved, packed=packed)
+        return replace(self, **moved, packed=packed, bare=self.bare and self.bare.to(device))
 
 
 def collate(
@@ -73,6 +75,7 @@ def _packed(rows: Sequence[Row], pad_id: int, virtual_tokens: int, prefix_tokens
     lengths = np.concatenate([row.sequence_lengths for row in rows])
     real = len(tokens)
     virtual = None
+    bare = _packed(rows, pad_id, 0, 0) if virtual_tokens or prefix_tokens else None
     if virtual_tokens:
         own = np.arange(real) + virtual_tokens * np.repeat(1 + np.arange(len(lengths)), lengths)
         lengths = lengths + virtual_tokens
@@ -88,6 +91,7 @@ def _packed(rows: Sequence[Row], pad_id: int, virtual_tokens: int, prefix_tokens
         packed=Packed.of(torch.from_numpy(lengths)),
         virtual=virtual,
         prefixed=prefix_tokens > 0,
+        bare=bare,
         real_tokens=real,
     )
 
@@ -116,5 +120,6 @@ def _padded(rows: Sequence[Row], pad_id: int) -> Batch:
         packed=None,
         virtual=None,
         prefixed=False,
+        bare=None,
         real_tokens=sum(len(row.tokens) for row in rows),
     )

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ftray import __version__
-from ftray.config import LOW_RANK, Bottleneck, Freeze, Full, Run
+from ftray.config import LOW_RANK, Bottleneck, Freeze, Full, LoRA, Run
 from ftray.redact import redact, redact_values
 
 METHOD_NAMES = {
@@ -244,6 +244,28 @@ def _base_line(run: Run) -> str:
     if is_hub_name(run.model.path):
         return f"base = {run.model.path!r}".replace("'", '"')
     return f'base = "{last_part(run.model.path)}"  # where this base lies on your machine'
+
+
+def export_card(run: Run, facts: dict[str, Any], precision: str) -> str:
+    """The card of a merged model or a combined adapter; `run` is the first of its origins, `facts` its `ftray.json`."""
+    merged, origins = facts["kind"] == "model", facts["origins"]
+    kind = Full(name="full") if merged else LoRA.model_validate(facts["method"])
+    train = run.train.model_copy(update={"precision": precision})
+    stand_in = run.model_copy(update={"method": kind, "train": train})
+    what = "A model with adapters merged into its weights" if merged else "An adapter combined from several"
+    rows = [(o["name"], METHOD_NAMES[o["method"]], f"{o['step']:,}", f"{o['weight']:g}") for o in origins]
+    text = f"{what}, on **{base_name(run)}**. Made by `ftray export`, with ftray {__version__}."
+    if combination := facts.get("combination"):
+        text += f" Combined by {_code(combination['kind'])}."
+    if merged and run.method.quantized:
+        text += " In training the base was in NF4; here it is not, so outputs differ a little from those in training."
+    parts = [
+        _front_matter(stand_in),
+        f"# {' and '.join(o['name'] for o in origins)}\n\n{text}",
+        "## Origins\n\n" + _table(("Run", "Method", "Step", "Weight"), rows),
+        _loading(stand_in),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _reproduction(run: Run) -> str:

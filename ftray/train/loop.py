@@ -12,7 +12,6 @@ import math
 import resource
 import sys
 import time
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +28,6 @@ from ftray.model.load import evaluating, load_base
 from ftray.model.methods import attach, load_trained_state
 from ftray.train import commits
 from ftray.train.artefact import write_artefact
-from ftray.train.batch import collate
 from ftray.train.commits import Commit, Progress
 from ftray.train.feed import Feed, StepRows
 from ftray.train.identity import identity, refuse_other_run
@@ -240,12 +238,12 @@ class _Worker:
         micro = self.run.train.micro_batch_rows  # rows of like length together, whether padded or not
         mine = assign(ids, rows.lengths[ids], self.world.size, micro, padded=True)[self.world.rank]
         total = 0.0
-        bare = partial(collate, pad_id=self.pad_id, packed=self.run.data.packing != "off")
-        laid_out = self.feed.collate if self.progress.step else bare
         with evaluating(self.model):
             for few in mine:
-                batch = laid_out([rows[int(i)] for i in few])
-                total += float(self.strategy.loss(batch.to(self.world.device)))
+                batch = self.feed.collate([rows[int(i)] for i in few]).to(self.world.device)
+                if self.progress.step == 0 and batch.bare:
+                    batch = batch.bare
+                total += float(self.strategy.loss(batch))
         (total,) = self.world.sum(total)
         targets = int(rows.target_counts[ids].sum())
         return total / targets, targets

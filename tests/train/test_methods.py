@@ -45,7 +45,8 @@ METHODS = {
     "bottleneck": ("{name: bottleneck, size: 16}", 5e-3, 0.8),
     "houlsby": ("{name: bottleneck, size: 16, placement: houlsby, activation: silu}", 5e-3, 0.8),
 }
-"""By name: the method, its rate, and the share of the base's held-out loss below which 30 steps bring it."""
+"""By name: the method, its rate, and the share of the base's held-out loss below which STEPS bring it."""
+STEPS = 20
 MORE = {
     "lora": "{name: lora, rank: 4, rank_pattern: {q_proj: 2}}",
     "dora": "{name: dora, rank: 4, targets: [q_proj, down_proj]}",
@@ -56,6 +57,10 @@ GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_si
 NEOX = {
     "model_type": "gpt_neox", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 128,
     "intermediate_size": 96, "max_position_embeddings": 64,
+}  # fmt: skip
+MISTRAL = {
+    "model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 128,
+    "intermediate_size": 96, "num_key_value_heads": 2, "sliding_window": None,
 }  # fmt: skip
 ROWS, HELD_OUT = cheese_rows(64), cheese_rows(12, "held_out")
 
@@ -132,7 +137,7 @@ def test_it_learns_and_others_get_the_same_logits_from_its_artefact(tmp_path, mo
     method, rate, share = METHODS[name]
     kept = []
     monkeypatch.setattr(loop, "attach", lambda *a: kept.append(attach(*a)) or kept[-1])
-    run = run_of(tmp_path, method, "data.held_out_fraction=0.1", rate=rate, steps=30)
+    run = run_of(tmp_path, method, "data.held_out_fraction=0.1", rate=rate, steps=STEPS)
     _, summary = trained(run, held_out=HELD_OUT)
     print(name, summary["final_loss"] / summary["base_loss"])
     assert summary["final_loss"] < share * summary["base_loss"]
@@ -160,7 +165,7 @@ def test_resume_is_exact(tmp_path, name):
     assert same_artefacts(whole, broken)
 
 
-@pytest.mark.parametrize("method", [m for m, *_ in METHODS.values()] + list(MORE.values()))
+@pytest.mark.parametrize("method", [m for m, *_ in METHODS.values()] + list(MORE.values()), ids=[*METHODS, *MORE])
 @pytest.mark.parametrize("config", ["embedded", GPT2, NEOX], ids=["llama", "gpt2", "gpt_neox"])
 def test_trained_parameters_are_those_of_the_formula(tmp_path, method, config):
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -170,6 +175,7 @@ def test_trained_parameters_are_those_of_the_formula(tmp_path, method, config):
     elif config is GPT2:
         method = method.replace("layers.0", "h.0")
     if config != "embedded":
+        method = method.split(", text:")[0] + "}" if "text:" in method else method  # a text has tokens of its base
         method = method.replace("q_proj, down_proj", "mlp.c_proj" if config is GPT2 else "dense")
         method = method.replace("q_proj", "c_attn" if config is GPT2 else "dense")
     run = run_of(tmp_path, method, "data.max_length=32")
@@ -177,8 +183,6 @@ def test_trained_parameters_are_those_of_the_formula(tmp_path, method, config):
         base, shapes = load_base(run)[0], find_shapes(run.model)[0]
     else:
         base, shapes = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)), shapes_of(config)
-    if "text:" in method and config != "embedded":
-        pytest.skip("the text is in the embedded base's tokens")
     model = attach(base, run, 20)
     real = [p.numel() for p in model.parameters() if p.requires_grad]
     if run.method.name == "full":
@@ -211,19 +215,15 @@ def test_a_packed_row_gives_the_losses_and_gradients_of_its_rows_one_by_one(tmp_
     assert float((packed - single).norm() / single.norm()) < (1e-4 if precision == "fp32" else 5e-2)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("config", [GPT2, NEOX, "mistral"], ids=["gpt2", "gpt_neox", "mistral"])
-def test_prefixes_equal_pefts_in_other_families(tmp_path, config, window):
+@pytest.mark.parametrize(
+    "config", [GPT2, NEOX, MISTRAL, MISTRAL | {"sliding_window": 5}], ids=lambda c: c["model_type"]
+)
+def test_prefixes_equal_pefts_in_other_families(tmp_path, config):
     """PEFT's own forward pass, with its cache, against ours; sliding windows count the prefix as it does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ftray.model import attention
 
-    if config == "mistral":
-        shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-        config = {"model_type": "mistral", **shape, "num_hidden_layers": 2, "vocab_size": 128, "sliding_window": window}
-    elif window:
-        pytest.skip("no window in this family")
     attention.register()
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
@@ -256,6 +256,33 @@ def test_the_base_is_measured_without_virtual_tokens(tmp_path):
     other = run_of(tmp_path / "b", "{name: ia3}", "data.held_out_fraction=0.1", steps=1)
     (_, a), (_, b) = (trained(each, held_out=HELD_OUT) for each in (run, other))
     assert a["base_loss"] == pytest.approx(b["base_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "p_tuning", "bottleneck"])
+def test_the_base_alone_can_be_had_from_a_tuned_model(tmp_path, monkeypatch, name):
+    """What a reference is made of: a batch without virtual tokens, adapters switched off."""
+    kept = []
+    monkeypatch.setattr(loop, "attach", lambda *a: kept.append(attach(*a)) or kept[-1])
+    run = run_of(tmp_path, METHODS[name][0], rate=3e-2, steps=2)
+    trained(run)
+    loss, base_loss = TargetLoss(kept[0]), TargetLoss(load_base(run)[0])
+    layout = {"virtual_tokens": run.method.virtual_tokens, "prefix_tokens": run.method.prefix_tokens}
+    batch, plain = collate(ROWS[:4], 0, packed=True, **layout), collate(ROWS[:4], 0, packed=True)
+    with evaluating(loss), evaluating(base_loss):
+        tuned, base = float(loss(batch)), float(base_loss(plain))
+        for module in kept[0].modules():
+            if hasattr(module, "_disable_adapters"):
+                module._disable_adapters = True
+        assert float(loss(batch.bare or batch)) == pytest.approx(base, rel=1e-6)
+    assert abs(tuned - base) > 1e-3 * base
+
+
+@pytest.mark.parametrize("name", ["prefix", "p_tuning", "bottleneck", "adalora", "freeze"])
+def test_gradient_checkpointing_changes_no_loss(tmp_path, name):
+    method, rate, _ = METHODS[name]
+    plain, _ = trained(run_of(tmp_path / "a", method, rate=rate))
+    checkpointed, _ = trained(run_of(tmp_path / "b", method, "train.gradient_checkpointing=true", rate=rate))
+    assert plain.losses == pytest.approx(checkpointed.losses, rel=1e-6)
 
 
 def test_a_prompt_starts_from_its_text(tmp_path):
