@@ -33,17 +33,17 @@ from ftray.train.world import World
 from tests.toys import MemoryData, Recorder, cheese_rows, toy_run
 
 METHODS = {
-    "freeze": ("{name: freeze, blocks: 1, norms: true}", 2e-3, 0.75),
-    "adalora": ("{name: adalora, rank: 6, target_rank: 3, every: 3}", 2e-2, 0.75),
-    "vera": ("{name: vera, rank: 64}", 5e-2, 0.75),
-    "ia3": ("{name: ia3}", 5e-2, 0.75),
-    "prefix": ("{name: prefix, tokens: 8}", 3e-2, 0.95),
-    "projected prefix": ("{name: prefix, tokens: 8, projection: true, hidden: 32}", 3e-3, 0.95),
-    "prompt": ("{name: prompt, tokens: 8, text: 'Bless the cheese, my friend.'}", 3e-2, 0.95),
-    "p_tuning": ("{name: p_tuning, tokens: 8, hidden: 64}", 3e-3, 0.95),
-    "p_tuning lstm": ("{name: p_tuning, tokens: 8, hidden: 32, encoder: lstm}", 3e-3, 0.95),
-    "bottleneck": ("{name: bottleneck, size: 16}", 5e-3, 0.8),
-    "houlsby": ("{name: bottleneck, size: 16, placement: houlsby, activation: silu}", 5e-3, 0.8),
+    "freeze": ("{name: freeze, blocks: 1, norms: true}", 2e-3, 0.6),
+    "adalora": ("{name: adalora, rank: 6, target_rank: 3, every: 3}", 2e-2, 0.65),
+    "vera": ("{name: vera, rank: 64}", 5e-2, 0.85),
+    "ia3": ("{name: ia3}", 5e-2, 0.85),
+    "prefix": ("{name: prefix, tokens: 8}", 3e-2, 0.97),
+    "projected prefix": ("{name: prefix, tokens: 8, projection: true, hidden: 32}", 3e-3, 0.97),
+    "prompt": ("{name: prompt, tokens: 8, text: 'Bless the cheese, my friend.'}", 3e-2, 0.88),
+    "p_tuning": ("{name: p_tuning, tokens: 8, hidden: 64}", 3e-3, 0.93),
+    "p_tuning lstm": ("{name: p_tuning, tokens: 8, hidden: 32, encoder: lstm}", 3e-3, 0.97),
+    "bottleneck": ("{name: bottleneck, size: 16}", 5e-3, 0.75),
+    "houlsby": ("{name: bottleneck, size: 16, placement: houlsby, activation: silu}", 5e-3, 0.7),
 }
 """By name: the method, its rate, and the share of the base's held-out loss below which STEPS bring it."""
 STEPS = 20
@@ -139,7 +139,6 @@ def test_it_learns_and_others_get_the_same_logits_from_its_artefact(tmp_path, mo
     monkeypatch.setattr(loop, "attach", lambda *a: kept.append(attach(*a)) or kept[-1])
     run = run_of(tmp_path, method, "data.held_out_fraction=0.1", rate=rate, steps=STEPS)
     _, summary = trained(run, held_out=HELD_OUT)
-    print(name, summary["final_loss"] / summary["base_loss"])
     assert summary["final_loss"] < share * summary["base_loss"]
     others = loaded_by_others(run)
     for row, ours in zip(HELD_OUT[:3], our_logits(kept[0], run, HELD_OUT[:3]), strict=True):
@@ -153,7 +152,7 @@ def test_resume_is_exact(tmp_path, name):
     method, rate, _ = METHODS[name]
     if "adalora" in name or "lstm" in name or "bottleneck" in name:
         method = method.replace("}", ", dropout: 0.1}")
-    overrides = ("train.commit_every=3", "train.precision=bf16")
+    overrides = ("train.commit_every=3", "train.precision=bf16", "train.batch_rows=4")
     whole = run_of(tmp_path / "whole", method, *overrides, rate=rate, steps=10)
     broken = run_of(tmp_path / "broken", method, *overrides, rate=rate, steps=10)
     trained(whole)
@@ -237,18 +236,38 @@ def test_prefixes_equal_pefts_in_other_families(tmp_path, config):
 
 
 @pytest.mark.parametrize("name", ["prefix", "prompt", "p_tuning", "ia3", "bottleneck", "vera", "adalora"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_learns_over_nf4(tmp_path, monkeypatch, name, precision):
+def test_it_learns_over_nf4(tmp_path, monkeypatch, name):
     method, rate, _ = METHODS[name]
     kept = []
     monkeypatch.setattr(loop, "attach", lambda *a: kept.append(attach(*a)) or kept[-1])
     nf4 = method.replace("}", ", quantization: nf4}")
-    overrides = ("data.held_out_fraction=0.1", f"train.precision={precision}")
-    _, summary = trained(run_of(tmp_path, nf4, *overrides, rate=rate, steps=12), held_out=HELD_OUT)
+    overrides = ("data.held_out_fraction=0.1", "train.precision=bf16")
+    _, summary = trained(run_of(tmp_path, nf4, *overrides, rate=rate, steps=10), held_out=HELD_OUT[:6])
     assert summary["final_loss"] < 0.98 * summary["base_loss"]
     quantized = [m for m in kept[0].modules() if type(m).__name__ == "Linear4bit"]
     assert quantized
     assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in quantized)
+
+
+def _worker_of_two(rank: int, folder: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name in names:
+        run = run_of(Path(folder) / f"two {name}", METHODS[name][0], "workers.count=2", rate=METHODS[name][1])
+        channel = Recorder()
+        train_worker(run, MemoryData(ROWS), World(rank, 2), channel)  # type: ignore[arg-type]
+        if rank == 0:
+            Path(folder, f"{name}.json").write_text(json.dumps(channel.losses))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_train_as_one(tmp_path):
+    """DDP, and what stands beside it: AdaLoRA's penalty and ranks, virtual tokens, hooks."""
+    names = ["adalora", "prefix", "bottleneck"]
+    torch.multiprocessing.spawn(_worker_of_two, (str(tmp_path), names), nprocs=2)
+    for name in names:
+        alone, _ = trained(run_of(tmp_path / f"one {name}", METHODS[name][0], rate=METHODS[name][1]))
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == pytest.approx(alone.losses, rel=1e-3)
 
 
 def test_the_base_is_measured_without_virtual_tokens(tmp_path):
