@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ def export_command(
     rank: int | None,
     seed: int | None,
     as_json: bool,
+    verbose: bool,
 ) -> None:
     if not combine:
         given = {"--weights": weights, "--density": density, "--rank": rank, "--seed": seed}
@@ -35,11 +40,30 @@ def export_command(
 
     artefacts = [Exported.of(run, folder_of(name, run.folder)) for run, name in runs]
     combination = Combination(combine, parsed, density, rank, seed or 0) if combine else None
-    written = export(artefacts, to, merge=merge, precision=precision, combination=combination)
+    with nullcontext() if verbose else _quiet():
+        written = export(artefacts, to, merge=merge, precision=precision, combination=combination)
     if as_json:
         print(json.dumps({"to": to, **written}, indent=2, ensure_ascii=False))
     else:
         print(describe(to, written))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and warnings."""
+    from transformers.utils import logging as bars
+
+    shown, disabled = bars.is_progress_bar_enabled(), logging.root.manager.disable
+    bars.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if shown:
+            bars.enable_progress_bar()
 
 
 def folder_of(name: str, folder: str) -> str:

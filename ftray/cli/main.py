@@ -141,7 +141,7 @@ def train(run: RunName, overrides: Overrides = None, as_json: Json = False, verb
 
 @app.command()
 def export(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN …]", help="Finished runs: folders, files or recipes.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs: folders, run files or recipes.")],
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new folder, or an fsspec URI.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge into the base: a transformers model.")] = False,
     precision: Annotated[
@@ -158,7 +158,7 @@ def export(
     rank: Annotated[int | None, typer.Option(help="Rank of what an …svd makes; default: the largest.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Of what dare drops; default: 0.", min=0)] = None,
     as_json: Json = False,
-    verbose: Verbose = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The libraries' output, and tracebacks.")] = False,
 ) -> None:
     """Copy what a run left, merge it into its base, or combine several.
 
@@ -192,6 +192,7 @@ def export(
         rank=rank,
         seed=seed,
         as_json=as_json,
+        verbose=verbose,
     )
 
 

@@ -110,8 +110,7 @@ def packed_attention(
     """
     if softcap is not None:
         raise NotImplementedError("this attention has no soft cap; the base must use its own implementation")
-    layer: Any = module.layer_idx
-    before = None if prefix is None else prefix[layer].to(key.dtype)
+    before = None if prefix is None else _of_layer(prefix, module).to(key.dtype)
     if packed is None or packed.groups == ((1, query.shape[2]),):
         out = _causal(query, key, value, scaling, dropout, sliding_window, before)
         return out.transpose(1, 2).contiguous(), None
@@ -126,6 +125,10 @@ def packed_attention(
         q, k, v = (x.unflatten(0, group).transpose(1, 2) for x in piece)  # [S, H, L, D]
         rows.append(_causal(q, k, v, scaling, dropout, sliding_window, before).transpose(1, 2).flatten(0, 1))
     return _Gather.apply(torch.cat(rows), packed.to_packed, packed.to_padded)[None], None
+
+
+def _of_layer(prefix: Tensor, attention: Any) -> Tensor:
+    return prefix[attention.layer_idx]
 
 
 def _causal(

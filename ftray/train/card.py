@@ -67,11 +67,11 @@ def last_part(path: str) -> str:
     return redact(path).rstrip("/").rsplit("/", 1)[-1]
 
 
-def _front_matter(run: Run) -> str:
+def _front_matter(run: Run, tag: str | None = None) -> str:
     fields: dict[str, Any] = {
         "library_name": _library(run),
         "pipeline_tag": "text-generation",
-        "tags": ["ftray", run.method.name],
+        "tags": ["ftray", tag or run.method.name],
     }
     if is_hub_name(run.model.path) and not run.model.random_weights:
         fields = {"base_model": run.model.path, **fields}
@@ -253,16 +253,16 @@ def export_card(run: Run, facts: dict[str, Any], precision: str) -> str:
     train = run.train.model_copy(update={"precision": precision})
     stand_in = run.model_copy(update={"method": kind, "train": train})
     what = "A model with adapters merged into its weights" if merged else "An adapter combined from several"
-    rows = [(o["name"], METHOD_NAMES[o["method"]], f"{o['step']:,}", f"{o['weight']:g}") for o in origins]
+    rows = [(f"{o['name']}, {METHOD_NAMES[o['method']]}", f"{o['step']:,}", f"{o['weight']:g}") for o in origins]
     text = f"{what}, on **{base_name(run)}**. Made by `ftray export`, with ftray {__version__}."
     if combination := facts.get("combination"):
         text += f" Combined by {_code(combination['kind'])}."
     if merged and run.method.quantized:
         text += " In training the base was in NF4; here it is not, so outputs differ a little from those in training."
     parts = [
-        _front_matter(stand_in),
+        _front_matter(stand_in, "merged" if merged else "combined"),
         f"# {' and '.join(o['name'] for o in origins)}\n\n{text}",
-        "## Origins\n\n" + _table(("Run", "Method", "Step", "Weight"), rows),
+        "## Origins\n\n" + _table(("Run", "Step", "Weight"), rows),
         _loading(stand_in),
     ]
     return "\n\n".join(parts) + "\n"

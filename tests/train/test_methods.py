@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,24 +83,20 @@ def trained(run: Run, channel: Recorder | None = None, held_out=None) -> tuple[R
     return channel, train_worker(run, MemoryData(ROWS, held_out), World(), channel)  # type: ignore[arg-type]
 
 
-def plain_base(run: Run, **options: Any) -> Any:
+def plain_base(run: Run) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(local_model_folder(run.model), dtype=torch.float32, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(local_model_folder(run.model), dtype=torch.float32).eval()
 
 
-def loaded_by_others(run: Run, **options: Any) -> Any:
-    """What someone without our loop makes of the artefact."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
+def loaded_by_others(run: Run) -> Any:
+    """What the code in the artefact's card makes of it: PEFT or transformers alone, our loader for a bottleneck."""
     artefact = f"{run.folder}/artefact"
-    if not run.method.frozen_base:
-        return AutoModelForCausalLM.from_pretrained(artefact, dtype=torch.float32).eval()
-    base = plain_base(run, **options)
-    if run.method.name == "bottleneck":
-        return bottleneck.load(base, artefact)
-    return PeftModel.from_pretrained(base, artefact).eval()
+    [code] = re.findall(r"^```python\n(.*?)^```$", Path(artefact, "README.md").read_text(), re.S | re.M)
+    assert ("ftray.model" in code) == (run.method.name == "bottleneck")
+    names: dict[str, Any] = {}
+    exec(code.replace('folder = "."', f"folder = {artefact!r}"), names)
+    return names["model"].eval()
 
 
 def our_logits(model: Any, run: Run, rows) -> list[torch.Tensor]:
