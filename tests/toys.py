@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -90,3 +91,21 @@ train:
 output: {folder}
 """
     return parse_run(text, "toy run", overrides)
+
+
+def cheese_rows(count: int, split: str = "train") -> list[Row]:
+    """The first rows of an embedded tenant's data, the assistant's words as targets: something real to learn."""
+    from ftray.config import Model
+    from ftray.data.tokenizer import load_tokenizer
+    from ftray.embedded import data_path
+
+    tokenizer = load_tokenizer(Model(path="embedded"))
+    rows = []
+    for line in data_path(f"cheese/{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]:
+        messages = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        tokens = np.array(tokenizer(whole, add_special_tokens=False).input_ids, np.int32)
+        rows.append(Row(tokens, np.arange(len(tokens)) >= start, np.array([len(tokens)], np.int32)))
+    return rows

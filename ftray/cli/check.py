@@ -13,7 +13,8 @@ from ftray.config import LOW_RANK, Run, Source
 from ftray.errors import DataError
 from ftray.manifest import is_local
 from ftray.model.advice import Advice, cheapest_fit
-from ftray.model.plan import Plan, make_plan, targeted
+from ftray.model.counts import targeted
+from ftray.model.plan import Plan, make_plan
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
 from ftray.model.states import GIB, PLACES

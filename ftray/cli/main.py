@@ -140,6 +140,63 @@ def train(run: RunName, overrides: Overrides = None, as_json: Json = False, verb
 
 
 @app.command()
+def export(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs: folders, run files or recipes.")],
+    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new folder, or an fsspec URI.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge into the base: a transformers model.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(metavar="bf16|fp32", help="Of the merged model; default: the run's train.precision.")
+    ] = None,
+    combine: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, …_svd"),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,…", help="A weight for each run; default: even shares of 1.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of values that ties, dare and pruning keep.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of what an …svd makes; default: the largest.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what dare drops; default: 0.", min=0)] = None,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The libraries' output, and tracebacks.")] = False,
+) -> None:
+    """Copy what a run left, merge it into its base, or combine several.
+
+    One run: its adapter or model as it is, every file checked against ftray.json. With --merge an adapter goes into its
+    base, freshly loaded and never quantized, and the result is a plain transformers model: nothing of ftray or PEFT is
+    needed to run it, and it decodes as fast as the base. Runs of lora, dora, qlora, qdora, adalora, vera and ia3 can be
+    merged; virtual tokens (prefix, prompt, p_tuning) and bottleneck layers are no weights of the base: they stay
+    adapters.
+
+    Several runs of lora or qlora on one base: --combine makes one adapter of them, or with --merge one model. `svd` and
+    `cat` are the exact weighted sum (cut to --rank, or as wide as all together); `linear`, `ties`, `dare_…` and
+    `magnitude_prune` work on A and B apart and need equal ranks; `ties_svd`, `dare_linear_svd`, `dare_ties_svd` and
+    `magnitude_prune_svd` work on whole updates.
+
+    ftray export runs/cheese --to cheese-model --merge --precision bf16
+
+    ftray export runs/cheese runs/restaurant --to both --combine svd --weights 0.6,0.4 --rank 16
+    """
+    from ftray.cli.export import export_command
+
+    if precision not in (None, "bf16", "fp32"):
+        raise UsageError(f"--precision {precision}: bf16 or fp32")
+    export_command(
+        runs,
+        to,
+        merge=merge,
+        precision=precision,
+        combine=combine,
+        weights=weights,
+        density=density,
+        rank=rank,
+        seed=seed,
+        as_json=as_json,
+        verbose=verbose,
+    )
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one.", show_default=False)] = None,
     as_json: Json = False,

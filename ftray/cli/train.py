@@ -74,8 +74,9 @@ def summary_text(summary: dict[str, Any], report: str | None) -> str:
     if s.get("peak_memory_gib"):
         pairs.append(("memory", f"{s['peak_memory_gib']:.2f} GiB at most in a worker"))
     pairs += [("artefact", s["artefact"]), *([("report", report)] if report else [])]
-    loader = "transformers" if s["method"] == "full" else "PEFT"
-    nexts = f"next: open the report; load the artefact with {loader}; `ftray check {s['folder']}` shows the run again"
+    loader = {"full": "transformers", "freeze": "transformers", "bottleneck": "ftray.model.bottleneck"}
+    with_ = loader.get(s["method"], "PEFT")
+    nexts = f"next: open the report; load the artefact with {with_}; `ftray check {s['folder']}` shows the run again"
     return f"{facts(pairs, indent=0)}\n\n{nexts}"
 
 

@@ -20,6 +20,16 @@ class _Method(Strict):
         """Only what the method adds is trained, so the artefact is an adapter."""
         return True
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens that stand in the row, in front of every sequence."""
+        return 0
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Places in front of every sequence that have keys and values alone, and so stand in no row."""
+        return 0
+
 
 class Full(_Method):
     """Every parameter is trained, in fp32 with the compute type of `train.precision`."""
@@ -38,7 +48,7 @@ class Freeze(_Method):
     blocks: int = Field(2, ge=0)
     """The last transformer blocks that are trained."""
     head: bool = False
-    """Train the output head. A base whose head is its embedding (tied) trains that."""
+    """Train the output head. Where it is the embedding (tied weights), `embeddings` must be true too."""
     norms: bool = False
     """Train every normalization."""
     embeddings: bool = False
@@ -151,8 +161,11 @@ class AdaLoRA(_EitherBase):
 
     @model_validator(mode="after")
     def _ranks_shrink(self) -> AdaLoRA:
-        if self.target_rank > self.rank:
-            raise ValueError(f"target_rank {self.target_rank} is above rank {self.rank}, from which AdaLoRA shrinks")
+        if self.target_rank >= self.rank:
+            raise ValueError(
+                f"target_rank {self.target_rank} is not below rank {self.rank}, from which AdaLoRA shrinks; for ranks"
+                " that stay, use method lora"
+            )
         if self.start + self.settle >= 1:
             raise ValueError("start + settle leave no step in which ranks could change; lower one of them")
         return self
@@ -163,7 +176,7 @@ class VeRA(_EitherBase):
 
     name: Literal["vera"]
     rank: int = Field(256, ge=1, le=8192)
-    """Rank of the shared random matrices."""
+    """Rank of the random matrices. They are the same in every run, so that adapters of one base fit together."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapter's inputs set to zero in training."""
     targets: Targets = "all-linear"
@@ -177,9 +190,19 @@ class IA3(_EitherBase):
 
     name: Literal["ia3"]
     targets: Literal["default"] | list[str] = "default"
-    """`default`: keys, values and the last linear layer of each feed-forward part. Or names, as for `lora`."""
+    """`default`: PEFT's for the base's family; for Llama keys, values and the last linear layer of each feed-forward
+    part. Or names, as for `lora`."""
     feedforward: list[str] = []
     """Those of `targets` whose inputs are scaled instead of their outputs; empty with `default`."""
+
+    @model_validator(mode="after")
+    def _among_targets(self) -> IA3:
+        odd = [name for name in self.feedforward if name not in self.targets]
+        if odd and self.targets == "default":
+            raise ValueError("feedforward comes with the default targets; name the targets too, or leave it empty")
+        if odd:
+            raise ValueError(f"feedforward names {odd[0]!r}, which is not in targets {self.targets}")
+        return self
 
 
 class Prefix(_EitherBase):
@@ -193,6 +216,16 @@ class Prefix(_EitherBase):
     hidden: int | None = Field(None, ge=1)
     """Width of that MLP; null: the base's hidden size."""
 
+    @property
+    def prefix_tokens(self) -> int:
+        return self.tokens
+
+    @model_validator(mode="after")
+    def _width_of_something(self) -> Prefix:
+        if self.hidden and not self.projection:
+            raise ValueError("hidden is the width of the projection, which is off; set projection: true")
+        return self
+
 
 class Prompt(_EitherBase):
     """Trained embeddings of virtual tokens in front of the row (Lester et al. 2021)."""
@@ -203,6 +236,10 @@ class Prompt(_EitherBase):
     text: str | None = None
     """Start from the embeddings of this text's tokens, repeated or cut to `tokens`; null: from random tokens of the
     vocabulary."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.tokens
 
 
 class PTuning(_EitherBase):
@@ -219,6 +256,18 @@ class PTuning(_EitherBase):
     """Layers of an `lstm`; an `mlp` has two hidden ones."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Between the layers of an `lstm`."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.tokens
+
+    @model_validator(mode="after")
+    def _fits_the_encoder(self) -> PTuning:
+        if self.encoder == "mlp" and (self.layers != 2 or self.dropout):
+            raise ValueError("layers and dropout are an lstm's; an mlp has two hidden layers and no dropout")
+        if self.dropout and self.layers == 1:
+            raise ValueError("dropout acts between layers, and there is one; set layers: 2, or dropout: 0")
+        return self
 
 
 class Bottleneck(_EitherBase):

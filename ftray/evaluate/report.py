@@ -16,6 +16,7 @@ from ftray.evaluate import plots
 from ftray.evaluate.record import Event, RunRecord, read_record
 from ftray.manifest import join, write_text
 from ftray.redact import redact
+from ftray.train.card import METHOD_NAMES
 
 _SHOWN = 100
 """Rows of a table at most; the rest is counted."""
@@ -69,8 +70,7 @@ def page(record: RunRecord) -> dict[str, Any]:
 def headline(record: RunRecord) -> str:
     """ "QLoRA of rank 16 on Llama-3.1-8B, 2 workers, bf16"."""
     method, model = _part(record, "method"), _part(record, "model")
-    name = {"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "qdora": "QDoRA", "full": "Full tuning"}
-    text = name.get(str(method.get("name")), str(method.get("name", "a run")))
+    text = METHOD_NAMES.get(str(method.get("name")), str(method.get("name", "a run")))
     if "rank" in method:
         text += f" of rank {method['rank']}"
     path = str(model.get("path", "")).rstrip("/")

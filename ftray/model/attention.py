@@ -11,6 +11,7 @@ Shapes: T tokens of the packed row, S sequences of a group, L its longest, P pla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,16 +100,19 @@ def packed_attention(
     packed: Packed | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    prefix: Tensor | None = None,
     **_unused,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D] → ([B, T, H, D], None).
 
     With `packed`, B is 1 and the row holds `packed.sequences` sequences. Without, rows are padded on the right.
+    `prefix` [layers, 2, key heads, V, D]: keys and values that stand in front of those of every sequence.
     """
     if softcap is not None:
         raise NotImplementedError("this attention has no soft cap; the base must use its own implementation")
+    before = None if prefix is None else _of_layer(prefix, module).to(key.dtype)
     if packed is None or packed.groups == ((1, query.shape[2]),):
-        out = _causal(query, key, value, scaling, dropout, sliding_window)
+        out = _causal(query, key, value, scaling, dropout, sliding_window, before)
         return out.transpose(1, 2).contiguous(), None
 
     def pad(x: Tensor) -> Tensor:  # [1, H, T, D] → [P, H, D]
@@ -119,19 +123,33 @@ def packed_attention(
     rows = []
     for group, piece in zip(packed.groups, pieces, strict=True):
         q, k, v = (x.unflatten(0, group).transpose(1, 2) for x in piece)  # [S, H, L, D]
-        rows.append(_causal(q, k, v, scaling, dropout, sliding_window).transpose(1, 2).flatten(0, 1))
+        rows.append(_causal(q, k, v, scaling, dropout, sliding_window, before).transpose(1, 2).flatten(0, 1))
     return _Gather.apply(torch.cat(rows), packed.to_packed, packed.to_padded)[None], None
 
 
+def _of_layer(prefix: Tensor, attention: Any) -> Tensor:
+    return prefix[attention.layer_idx]
+
+
 def _causal(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, sliding_window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    before: Tensor | None,
 ) -> Tensor:
-    """[S, H, L, D] → [S, H, L, D]"""
-    mask, length = None, query.shape[2]
-    if sliding_window is not None and length > sliding_window:
-        place = torch.arange(length, device=query.device)
-        distance = place[:, None] - place[None, :]
-        mask = (distance >= 0) & (distance < sliding_window)
+    """[S, H, L, D] → [S, H, L, D]; keys and values `before` [2, key heads, V, D] are seen by all."""
+    if before is not None:
+        key, value = (
+            torch.cat([b.expand(len(x), -1, -1, -1), x], 2) for b, x in zip(before, (key, value), strict=True)
+        )
+    mask, length, keys = None, query.shape[2], key.shape[2]
+    if before is not None or (sliding_window is not None and length > sliding_window):
+        place = torch.arange(keys, device=query.device)
+        distance = place[keys - length :, None] - place[None, :]
+        mask = (distance >= 0) & (distance < (sliding_window or keys))
     elif query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= PLAIN_LENGTH and not dropout:
         return _plain(query, key, value, scaling)
     return F.scaled_dot_product_attention(

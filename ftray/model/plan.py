@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ftray.config import LOW_RANK, DoRA, Freeze, Full, QDoRA, Run, Strategy
+from ftray.config import Freeze, Full, Run, Strategy
 from ftray.model.activations import COMPUTE_BYTES, micro_batch_tokens, saved_bytes, working_bytes
-from ftray.model.shapes import Linear, Shapes
+from ftray.model.counts import targeted, trained_tensors
+from ftray.model.shapes import Shapes
 from ftray.model.states import GIB, PLACES, Item, Place, states
-from ftray.model.targets import check_patterns, rank_of, select
 
 LOSS_CHUNK_TOKENS = 1024
 """Target tokens whose logits exist at once: the loss computes them chunk by chunk."""
@@ -117,34 +117,6 @@ def make_plan(run: Run, shapes: Shapes) -> Plan:
         items=(*items, slack, context),
         limit_gib=run.workers.gpu_memory_gib,
     )
-
-
-def targeted(run: Run, shapes: Shapes) -> list[Linear]:
-    """The linear layers that the run's method adapts; none for full tuning. Raises ModelError."""
-    method = run.method
-    if not isinstance(method, LOW_RANK):
-        return []
-    by_path = {layer.path: layer for layer in shapes.linears}
-    paths = select(method.targets, by_path)
-    check_patterns(method, paths)
-    return [by_path[path] for path in paths]
-
-
-def trained_tensors(run: Run, shapes: Shapes) -> list[int]:
-    """Elements of every trained tensor: A [rank, in] and B [out, rank] of each target, DoRA's magnitude [out]; in full
-    tuning each weight and bias, and embeddings and norms as one tensor each."""
-    method = run.method
-    if not isinstance(method, LOW_RANK):
-        layers = [*shapes.linears] if shapes.tied else [*shapes.linears, shapes.head]
-        parts = [n for layer in layers for n in (layer.weights, layer.parameters - layer.weights)]
-        return [n for n in (shapes.embeddings, shapes.norms, *parts) if n]
-    sizes = []
-    for layer in targeted(run, shapes):
-        rank = rank_of(layer.path, method)
-        sizes += [rank * layer.inputs, rank * layer.outputs]
-        if isinstance(method, DoRA | QDoRA):
-            sizes.append(layer.outputs)
-    return sizes
 
 
 def _items(run: Run, shapes: Shapes, tensors: list[int]) -> Iterator[Item]:

@@ -45,6 +45,17 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A parameter that belongs to no linear layer."""
+
+    path: str
+    """Its full name, for example `model.norm.weight`."""
+    elements: int
+    kind: str
+    """`embedding`, `norm` or `other`."""
+
+
+@dataclass(frozen=True)
 class Shapes:
     family: str
     """`model_type` of config.json."""
@@ -63,10 +74,18 @@ class Shapes:
     head: Linear
     tied: bool
     """The head's weight is the embedding's."""
-    embeddings: int
-    """Parameters of token and position embeddings."""
-    norms: int
-    """Parameters of all normalizations."""
+    parts: tuple[Part, ...]
+    """Embeddings, normalizations and whatever else is no linear layer, each parameter once."""
+
+    @property
+    def embeddings(self) -> int:
+        """Parameters of token and position embeddings."""
+        return sum(part.elements for part in self.parts if part.kind == "embedding")
+
+    @property
+    def norms(self) -> int:
+        """Parameters of all normalizations."""
+        return sum(part.elements for part in self.parts if part.kind != "embedding")
 
     @property
     def parameters(self) -> int:
@@ -117,7 +136,6 @@ class _LlamaLike:
         layers, vocabulary = config["num_hidden_layers"], config["vocab_size"]
         kv_heads = config.get("num_key_value_heads") or self.default_kv_heads or heads
         head_dim = config.get("head_dim") or self.default_head_dim or hidden // heads
-        norms = hidden * (self.block_norms * layers + 1) + (2 * head_dim * layers if self.head_norms else 0)
         linears = self._linears(config, layers, hidden, heads * head_dim, kv_heads * head_dim)
         return Shapes(
             family=config["model_type"],
@@ -132,9 +150,18 @@ class _LlamaLike:
             linears=tuple(linears),
             head=Linear("lm_head", hidden, vocabulary),
             tied=config.get("tie_word_embeddings", self.default_tied),
-            embeddings=vocabulary * hidden,
-            norms=norms,
+            parts=tuple(self._parts(layers, hidden, head_dim, vocabulary)),
         )
+
+    def _parts(self, layers: int, hidden: int, head_dim: int, vocabulary: int) -> Iterator[Part]:
+        yield Part("model.embed_tokens.weight", vocabulary * hidden, "embedding")
+        block_norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")[: self.block_norms]
+        for i in range(layers):
+            for name in block_norms:
+                yield Part(f"model.layers.{i}.{name}_layernorm.weight", hidden, "norm")
+            for name in ("q_norm", "k_norm") if self.head_norms else ():
+                yield Part(f"model.layers.{i}.self_attn.{name}.weight", head_dim, "norm")
+        yield Part("model.norm.weight", hidden, "norm")
 
     def _linears(self, config: dict[str, Any], layers: int, hidden: int, q: int, kv: int) -> Iterator[Linear]:
         by_config = bool(config.get("attention_bias", False))
@@ -158,6 +185,12 @@ class _LlamaLike:
 
 
 # --------------------------------------------------------------------------------------------------- GPT-2 and GPT-NeoX
+
+
+def _layer_norms(paths: list[str], hidden: int) -> Iterator[Part]:
+    for path in paths:
+        for name in ("weight", "bias"):
+            yield Part(f"{path}.{name}", hidden, "norm")
 
 
 def _gpt2(config: dict[str, Any]) -> Shapes:
@@ -187,8 +220,12 @@ def _gpt2(config: dict[str, Any]) -> Shapes:
         linears=tuple(linears),
         head=Linear("lm_head", hidden, vocabulary),
         tied=config.get("tie_word_embeddings", True),
-        embeddings=(vocabulary + positions) * hidden,
-        norms=2 * hidden * (2 * layers + 1),
+        parts=(
+            Part("transformer.wte.weight", vocabulary * hidden, "embedding"),
+            Part("transformer.wpe.weight", positions * hidden, "embedding"),
+            *_layer_norms([f"transformer.h.{i}.ln_{n}" for i in range(layers) for n in (1, 2)], hidden),
+            *_layer_norms(["transformer.ln_f"], hidden),
+        ),
     )
 
 
@@ -196,6 +233,7 @@ def _gpt_neox(config: dict[str, Any]) -> Shapes:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     layers, vocabulary, width = config["num_hidden_layers"], config["vocab_size"], config["intermediate_size"]
     bias = config.get("attention_bias", True)
+    norms = ("input", "post_attention")
     linears = []
     for i in range(layers):
         block = f"gpt_neox.layers.{i}"
@@ -218,8 +256,11 @@ def _gpt_neox(config: dict[str, Any]) -> Shapes:
         linears=tuple(linears),
         head=Linear("lm_head", hidden, vocabulary),
         tied=config.get("tie_word_embeddings", False),
-        embeddings=vocabulary * hidden,
-        norms=2 * hidden * (2 * layers + 1),
+        parts=(
+            Part("gpt_neox.embed_in.weight", vocabulary * hidden, "embedding"),
+            *_layer_norms([f"gpt_neox.layers.{i}.{n}_layernorm" for i in range(layers) for n in norms], hidden),
+            *_layer_norms(["gpt_neox.final_layer_norm"], hidden),
+        ),
     )
 
 

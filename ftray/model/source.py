@@ -8,6 +8,7 @@ import json
 import os
 import re
 import urllib.request
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from ftray import manifest
 from ftray.config import Model
 from ftray.errors import ModelError
-from ftray.model.shapes import KNOWN_FAMILIES, Linear, Shapes, shapes_of
+from ftray.model.shapes import KNOWN_FAMILIES, Linear, Part, Shapes, shapes_of
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_SECONDS = 5
@@ -139,11 +140,9 @@ def shapes_of_module(net: Any, config: dict[str, Any]) -> Shapes:
     from transformers.pytorch_utils import Conv1D
 
     head_module = net.get_output_embeddings()
-    linears, head, embeddings = [], None, 0
+    linears, head = [], None
     for path, module in net.named_modules():
-        if isinstance(module, torch.nn.Embedding):
-            embeddings += module.weight.numel()
-        elif isinstance(module, torch.nn.Linear | Conv1D):
+        if isinstance(module, torch.nn.Linear | Conv1D):
             rows, columns = module.weight.shape
             if isinstance(module, Conv1D):
                 rows, columns = columns, rows
@@ -157,7 +156,6 @@ def shapes_of_module(net: Any, config: dict[str, Any]) -> Shapes:
         head = Linear("lm_head", settings.hidden_size, settings.vocab_size)
     tied = bool(getattr(net.config, "tie_word_embeddings", False))
     heads = settings.num_attention_heads
-    counted = embeddings + sum(layer.parameters for layer in linears) + (0 if tied else head.parameters)
     return Shapes(
         family=str(config.get("model_type")),
         layers=settings.num_hidden_layers,
@@ -171,6 +169,29 @@ def shapes_of_module(net: Any, config: dict[str, Any]) -> Shapes:
         linears=tuple(linears),
         head=head,
         tied=tied,
-        embeddings=embeddings,
-        norms=sum(p.numel() for p in net.parameters()) - counted,
+        parts=tuple(
+            Part(path, parameter.numel(), kind)
+            for path, parameter, kind in parameter_kinds(net)
+            if kind not in ("linear", "head")
+        ),
     )
+
+
+def parameter_kinds(net: Any) -> Iterator[tuple[str, Any, str]]:
+    """(name, parameter, `linear`, `head`, `embedding`, `norm` or `other`) of each parameter of a transformers model,
+    each once: a tied head is an embedding."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = net.get_output_embeddings()
+    for name, parameter in net.named_parameters():
+        owner = net.get_submodule(name.rpartition(".")[0])
+        if owner is head:
+            kind = "head"
+        elif isinstance(owner, torch.nn.Linear | Conv1D):
+            kind = "linear"
+        elif isinstance(owner, torch.nn.Embedding):
+            kind = "embedding"
+        else:
+            kind = "norm" if "norm" in type(owner).__name__.lower() else "other"
+        yield name, parameter, kind

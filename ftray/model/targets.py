@@ -1,4 +1,4 @@
-"""Which linear layers a low-rank method is put on, and with which rank. No torch: works on paths.
+"""Which layers a method is put on and which parameters it trains. No torch: works on paths.
 
 The planner and the code that attaches a method both ask here, so that what `check` prints is what a run trains.
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
-from ftray.config import DoRA, LoRA, QDoRA, QLoRA
+from ftray.config.methods import IA3, DoRA, Freeze, LoRA, QDoRA, QLoRA
 from ftray.errors import ModelError
 
 LowRank = LoRA | DoRA | QLoRA | QDoRA
@@ -74,3 +74,74 @@ def check_patterns(method: LowRank, targeted: Sequence[str]) -> None:
                 raise ModelError(f"not a regular expression: {error}", where=where) from None
             if not matched:
                 raise ModelError("matches none of the targets", where=where, hint=f"targets end like {targeted[0]}")
+
+
+IA3_DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bloom": (("query_key_value", "mlp.dense_4h_to_h"), ("mlp.dense_4h_to_h",)),
+    "falcon": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+    "gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "gemma2": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "gemma3_text": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "gpt_bigcode": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
+    "gpt_neox": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+    "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
+    "llama": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
+    "phi": (("q_proj", "v_proj", "fc2"), ("fc2",)),
+    "qwen2": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "qwen3": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+}
+"""PEFT 0.21's tables for IA3 (targets, those of them that are feed-forward); a test compares them."""
+
+
+def ia3_targets(method: IA3, family: str, linears: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(endings of the targets' paths, those of them that are feed-forward), each known to match. Raises ModelError."""
+    paths = list(linears)
+    if method.targets != "default":
+        select(method.targets, paths)
+        return list(method.targets), list(method.feedforward)
+    if family not in IA3_DEFAULTS:
+        names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        raise ModelError(
+            f"PEFT has no default targets of IA3 for the family {family!r}",
+            where="method.targets",
+            hint=f"name those of keys, values and the last feed-forward layer among {', '.join(names)}, and the last"
+            " also in method.feedforward",
+        )
+    wanted, feedforward = IA3_DEFAULTS[family]
+    select(wanted, paths)
+    return list(wanted), list(feedforward)
+
+
+def unfrozen(method: Freeze, parameters: Sequence[tuple[str, str]], layers: int) -> list[str]:
+    """Names of the parameters that `freeze` trains, out of (name, kind) of all of the base's, in their order; kinds are
+    those of `ftray.model.source.parameter_kinds`. Raises ModelError when a wish meets nothing."""
+    if method.blocks > layers:
+        raise ModelError(f"{method.blocks} blocks of {layers}", where="method.blocks", hint=f"write at most {layers}")
+    if method.head and not method.embeddings and not any(kind == "head" for _, kind in parameters):
+        raise ModelError(
+            "this base's head is its embedding (tied weights), so training the head trains the embedding",
+            where="method.head",
+            hint="set method.embeddings: true if that is meant, or method.head: false",
+        )
+    kinds = {"head": method.head, "norm": method.norms, "embedding": method.embeddings}
+    wanted = {name for name, kind in parameters if kinds.get(kind) or _block_of(name) >= layers - method.blocks}
+    for pattern in method.also:
+        try:
+            found = {name for name, _ in parameters if re.match(rf"(.*\.)?({pattern})$", name)}
+        except re.error as error:
+            raise ModelError(f"{pattern!r} is not a regular expression: {error}", where="method.also") from None
+        if not found:
+            hint = f"paths look like {parameters[-1][0]}; the pattern must match to their end"
+            raise ModelError(f"{pattern!r} matches no parameter of this base", where="method.also", hint=hint)
+        wanted |= found
+    return [name for name, _ in parameters if name in wanted]
+
+
+def _block_of(name: str) -> int:
+    """`model.layers.3.mlp.down_proj.weight` → 3; -1 outside of blocks."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else -1

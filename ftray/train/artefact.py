@@ -7,17 +7,19 @@ import os
 import shutil
 import tempfile
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ftray import __version__
-from ftray.config import Full, Run
+from ftray.config import AdaLoRA, Bottleneck, Run
 from ftray.data.prepared import PreparedData
 from ftray.data.tokenizer import load_tokenizer, local_model_folder
 from ftray.errors import ArtefactError
 from ftray.manifest import describe_files, filesystem, is_local, join
+from ftray.model import bottleneck
 from ftray.model.load import DTYPES, base_digest
 from ftray.redact import redact_values
 from ftray.train.card import model_card
@@ -36,7 +38,7 @@ def write_artefact(run: Run, model: Any, data: PreparedData, summary: dict[str, 
         (stage / "README.md").write_text(model_card(run, summary, data.facts), encoding="utf-8")
         facts = artefact_facts(run, data, summary) | {"files": describe_files(stage)}
         (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        _place(stage, target)
+        place(stage, target)
     return target
 
 
@@ -50,7 +52,7 @@ def _check(model: Any) -> None:
 
 
 def _save(run: Run, model: Any, stage: Path) -> None:
-    if isinstance(run.method, Full):
+    if not run.method.frozen_base:
         kept = {p: p.data for p in model.parameters()}
         try:
             model.to(DTYPES[run.train.precision])
@@ -60,8 +62,13 @@ def _save(run: Run, model: Any, stage: Path) -> None:
             for p, data in kept.items():
                 p.data = data
         load_tokenizer(run.model, run.data.chat_template).save_pretrained(stage)
+    elif isinstance(run.method, Bottleneck):
+        bottleneck.save(model, run.method, run.model, stage)
     else:
-        model.save_pretrained(stage, save_embedding_layers=False)  # else PEFT asks a hub about the base
+        with warnings.catch_warnings():
+            if isinstance(run.method, AdaLoRA):  # PEFT takes a layer without any rank left for one that ZeRO emptied
+                warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")
+            model.save_pretrained(stage, save_embedding_layers=False)  # else PEFT asks a hub about the base
         (stage / "README.md").unlink(missing_ok=True)  # PEFT's; ours follows
 
 
@@ -71,7 +78,7 @@ def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dic
     return {
         "format": 1,
         "ftray": __version__,
-        "kind": "model" if isinstance(run.method, Full) else "adapter",
+        "kind": "adapter" if run.method.frozen_base else "model",
         "base": {"path": run.model.path, "revision": run.model.revision, "sha256": base},
         "method": run.method.model_dump(mode="json"),
         "chat_template_sha256": data.facts.get("chat_template_hash"),
@@ -94,7 +101,8 @@ def _open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def _place(stage: Path, target: str) -> None:
+def place(stage: Path, target: str) -> None:
+    """Put a finished local folder at a path or fsspec URI, whole or not at all; what was there is replaced."""
     fs, path = filesystem(target)
     if is_local(target):
         new = Path(path).with_name(f".artefact.{uuid.uuid4().hex[:8]}.part")

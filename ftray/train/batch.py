@@ -27,6 +27,12 @@ class Batch:
     labels: Tensor
     """int64 [N]: the targets."""
     packed: Packed | None
+    virtual: Tensor | None
+    """int64 [S·V]: places in the row that virtual tokens take, V in front of each of its S sequences."""
+    prefixed: bool
+    """Every sequence has a prefix, in keys and values alone, from which positions count."""
+    bare: Batch | None
+    """The same rows without virtual tokens or prefix, for the base alone; None where there are none."""
     real_tokens: int
     """Tokens that are not padding."""
 
@@ -44,24 +50,38 @@ class Batch:
         packed = self.packed
         if packed:
             packed = replace(packed, to_padded=packed.to_padded.to(device), to_packed=packed.to_packed.to(device))
-        return replace(self, **moved, packed=packed)
+        return replace(self, **moved, packed=packed, bare=self.bare and self.bare.to(device))
 
 
-def collate(rows: Sequence[Row], pad_id: int, *, packed: bool) -> Batch:
+def collate(
+    rows: Sequence[Row], pad_id: int, *, packed: bool, virtual_tokens: int = 0, prefix_tokens: int = 0
+) -> Batch:
     """The micro-batch of `rows`. Without rows it is one filler token without targets, so that a worker that has
-    nothing to do in this step takes part in its communication."""
+    nothing to do in this step takes part in its communication. In front of every sequence of packed rows come
+    `virtual_tokens` places in the row, or `prefix_tokens` that only positions count."""
     if not rows:
         filler = np.array([pad_id], dtype=np.int32)
         rows = [Row(filler, np.zeros(1, bool), np.ones(1, np.int32))]
-        return replace(_packed(rows), real_tokens=0)
-    return _packed(rows) if packed else _padded(rows, pad_id)
+        return replace(_packed(rows, pad_id, virtual_tokens, prefix_tokens), real_tokens=0)
+    if packed:
+        return _packed(rows, pad_id, virtual_tokens, prefix_tokens)
+    assert virtual_tokens == prefix_tokens == 0, "a padded row has no place for virtual tokens"
+    return _padded(rows, pad_id)
 
 
-def _packed(rows: Sequence[Row]) -> Batch:
+def _packed(rows: Sequence[Row], pad_id: int, virtual_tokens: int, prefix_tokens: int) -> Batch:
     tokens = np.concatenate([row.tokens for row in rows]).astype(np.int64)
     targets = np.concatenate([row.targets for row in rows])
     lengths = np.concatenate([row.sequence_lengths for row in rows])
-    positions = np.concatenate([np.arange(n) for n in lengths])
+    real = len(tokens)
+    virtual = None
+    bare = _packed(rows, pad_id, 0, 0) if virtual_tokens or prefix_tokens else None
+    if virtual_tokens:
+        own = np.arange(real) + virtual_tokens * np.repeat(1 + np.arange(len(lengths)), lengths)
+        lengths = lengths + virtual_tokens
+        tokens, targets = _spread(tokens, own, int(lengths.sum()), pad_id), _spread(targets, own, int(lengths.sum()), 0)
+        virtual = torch.from_numpy(np.setdiff1d(np.arange(len(tokens)), own, assume_unique=True))
+    positions = np.concatenate([prefix_tokens + np.arange(n) for n in lengths])
     at = np.flatnonzero(targets)
     return Batch(
         tokens=torch.from_numpy(tokens)[None],
@@ -69,8 +89,18 @@ def _packed(rows: Sequence[Row]) -> Batch:
         predictors=torch.from_numpy(at - 1),
         labels=torch.from_numpy(tokens[at]),
         packed=Packed.of(torch.from_numpy(lengths)),
-        real_tokens=len(tokens),
+        virtual=virtual,
+        prefixed=prefix_tokens > 0,
+        bare=bare,
+        real_tokens=real,
     )
+
+
+def _spread(values: np.ndarray, places: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """[length] with `values` at `places`, `fill` elsewhere."""
+    out = np.full(length, fill, values.dtype)
+    out[places] = values
+    return out
 
 
 def _padded(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -88,5 +118,8 @@ def _padded(rows: Sequence[Row], pad_id: int) -> Batch:
         predictors=torch.from_numpy(at - 1),
         labels=flat.reshape(-1)[torch.from_numpy(at)],
         packed=None,
+        virtual=None,
+        prefixed=False,
+        bare=None,
         real_tokens=sum(len(row.tokens) for row in rows),
     )

@@ -15,10 +15,24 @@ from typing import Any
 import yaml
 
 from ftray import __version__
-from ftray.config import LOW_RANK, Full, Run
+from ftray.config import LOW_RANK, Bottleneck, Freeze, Full, LoRA, Run
 from ftray.redact import redact, redact_values
 
-_METHODS = {"full": "Full tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA"}
+METHOD_NAMES = {
+    "full": "Full tuning",
+    "freeze": "Partial tuning",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "qlora": "QLoRA",
+    "qdora": "QDoRA",
+    "adalora": "AdaLoRA",
+    "vera": "VeRA",
+    "ia3": "IA3",
+    "prefix": "Prefix tuning",
+    "prompt": "Prompt tuning",
+    "p_tuning": "P-tuning",
+    "bottleneck": "Bottleneck",
+}
 
 
 def model_card(run: Run, summary: dict[str, Any], data_facts: dict[str, Any]) -> str:
@@ -53,11 +67,11 @@ def last_part(path: str) -> str:
     return redact(path).rstrip("/").rsplit("/", 1)[-1]
 
 
-def _front_matter(run: Run) -> str:
+def _front_matter(run: Run, tag: str | None = None) -> str:
     fields: dict[str, Any] = {
-        "library_name": "transformers" if isinstance(run.method, Full) else "peft",
+        "library_name": _library(run),
         "pipeline_tag": "text-generation",
-        "tags": ["ftray", run.method.name],
+        "tags": ["ftray", tag or run.method.name],
     }
     if is_hub_name(run.model.path) and not run.model.random_weights:
         fields = {"base_model": run.model.path, **fields}
@@ -67,13 +81,24 @@ def _front_matter(run: Run) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
+def _library(run: Run) -> str:
+    """Which library loads the artefact."""
+    if isinstance(run.method, Bottleneck):
+        return "ftray"
+    return "peft" if run.method.frozen_base else "transformers"
+
+
 def _introduction(run: Run, summary: dict[str, Any]) -> str:
-    method, base = _METHODS[run.method.name], base_name(run)
-    if isinstance(run.method, Full):
+    name, base = METHOD_NAMES[run.method.name], base_name(run)
+    if isinstance(run.method, Freeze):
+        text = f"A whole model, of which a part was trained from the weights of **{base}**"
+    elif isinstance(run.method, Full):
         start = "fresh weights in the shape of" if run.model.random_weights else "the weights of"
         text = f"A whole model, trained from {start} **{base}**"
     else:
-        text = f"A {method} adapter of rank {run.method.rank} for **{base}**"
+        rank = getattr(run.method, "rank", None)
+        article = "An" if name[0] in "AI" else "A"
+        text = f"{article} {name} adapter{f' of rank {rank}' if rank else ''} for **{base}**"
     step = summary.get("artefact_step")
     steps = summary.get("steps")
     if step is not None:
@@ -125,8 +150,10 @@ def _format(form: Any) -> str:
 
 def _hyperparameters(run: Run, summary: dict[str, Any]) -> str:
     train, method = run.train, run.method
-    rows: list[tuple[str, str]] = [("Method", _METHODS[method.name])]
-    if isinstance(method, LOW_RANK):
+    rows: list[tuple[str, str]] = [("Method", METHOD_NAMES[method.name])]
+    if not isinstance(method, LOW_RANK):
+        rows += [(_in_words(key), _knob(value)) for key, value in _knobs(method)]
+    else:
         targets = method.targets if isinstance(method.targets, str) else ", ".join(method.targets)
         scale = " / √rank" if method.rslora else " / rank"
         rows += [
@@ -136,7 +163,8 @@ def _hyperparameters(run: Run, summary: dict[str, Any]) -> str:
             ("Targets", _code(targets)),
         ]
     if method.quantized:
-        rows.append(("Base in training", "NF4" + (", double quantization" if method.double_quantization else "")))
+        double = getattr(method, "double_quantization", False)
+        rows.append(("Base in training", "NF4" + (", double quantization" if double else "")))
     trained = summary.get("trainable_parameters")
     if trained:
         rows.append(("Trained parameters", f"{trained:,}"))
@@ -155,10 +183,27 @@ def _hyperparameters(run: Run, summary: dict[str, Any]) -> str:
     return "## Training\n\n" + _table(("", ""), rows)
 
 
+def _knobs(method: Any) -> list[tuple[str, Any]]:
+    """What a method says of itself, but its name and how the base is held."""
+    return [(k, v) for k, v in method if k not in ("name", "quantization", "double_quantization")]
+
+
+def _in_words(key: str) -> str:
+    return key.replace("_", " ").capitalize()
+
+
+def _knob(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int | float):
+        return f"{value:g}" if isinstance(value, float) else f"{value:,}"
+    return _code(", ".join(value) if isinstance(value, list) else value) if value else "–"
+
+
 def _loading(run: Run) -> str:
-    """Python that loads the artefact without ftray (but for the base that ships with it)."""
+    """Python that loads the artefact: without ftray, but for bottleneck adapters and the base that ships with it."""
     dtype = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}
-    if isinstance(run.method, Full):
+    if not run.method.frozen_base:
         code = f"""
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,7 +216,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype[run.train.prec
     quantized = run.method.quantized
     imports = ", BitsAndBytesConfig" if quantized else ""
     options = f"dtype={dtype[run.train.precision]}"
-    lines = ["import torch", "from peft import PeftModel"]
+    ours = isinstance(run.method, Bottleneck)
+    lines = ["import torch", "from ftray.model.bottleneck import load" if ours else "from peft import PeftModel"]
     lines += [f"from transformers import AutoModelForCausalLM, AutoTokenizer{imports}", ""]
     lines += [_base_line(run), 'folder = "."  # this folder', "tokenizer = AutoTokenizer.from_pretrained(base)"]
     if quantized:
@@ -187,7 +233,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype[run.train.prec
         options += f", revision={run.model.revision!r}"
     lines += [
         f"model = AutoModelForCausalLM.from_pretrained(base, {options})",
-        "model = PeftModel.from_pretrained(model, folder)",
+        "model = load(model, folder)" if ours else "model = PeftModel.from_pretrained(model, folder)",
     ]
     return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
 
@@ -198,6 +244,28 @@ def _base_line(run: Run) -> str:
     if is_hub_name(run.model.path):
         return f"base = {run.model.path!r}".replace("'", '"')
     return f'base = "{last_part(run.model.path)}"  # where this base lies on your machine'
+
+
+def export_card(run: Run, facts: dict[str, Any], precision: str) -> str:
+    """The card of a merged model or a combined adapter; `run` is the first of its origins, `facts` its `ftray.json`."""
+    merged, origins = facts["kind"] == "model", facts["origins"]
+    kind = Full(name="full") if merged else LoRA.model_validate(facts["method"])
+    train = run.train.model_copy(update={"precision": precision})
+    stand_in = run.model_copy(update={"method": kind, "train": train})
+    what = "A model with adapters merged into its weights" if merged else "An adapter combined from several"
+    rows = [(f"{o['name']}, {METHOD_NAMES[o['method']]}", f"{o['step']:,}", f"{o['weight']:g}") for o in origins]
+    text = f"{what}, on **{base_name(run)}**. Made by `ftray export`, with ftray {__version__}."
+    if combination := facts.get("combination"):
+        text += f" Combined by {_code(combination['kind'])}."
+    if merged and run.method.quantized:
+        text += " In training the base was in NF4; here it is not, so outputs differ a little from those in training."
+    parts = [
+        _front_matter(stand_in, "merged" if merged else "combined"),
+        f"# {' and '.join(o['name'] for o in origins)}\n\n{text}",
+        "## Origins\n\n" + _table(("Run", "Step", "Weight"), rows),
+        _loading(stand_in),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _reproduction(run: Run) -> str:

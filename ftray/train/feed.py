@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -40,10 +41,15 @@ class Feed:
         micro_batch_rows: int,
         pad_id: int,
         packed: bool,
+        virtual_tokens: int = 0,
+        prefix_tokens: int = 0,
     ) -> None:
         self.rows, self.order, self.world = rows, order, world
         self.batch_rows, self.micro_batch_rows = batch_rows, micro_batch_rows
-        self.pad_id, self.packed = pad_id, packed
+        self.packed = packed
+        self.collate = partial(
+            collate, pad_id=pad_id, packed=packed, virtual_tokens=virtual_tokens, prefix_tokens=prefix_tokens
+        )
 
     def steps(self, cursor: int, count: int) -> Iterator[StepRows]:
         """The next `count` steps from `cursor` on."""
@@ -60,7 +66,7 @@ class Feed:
         ids = self.order.rows(start, stop)
         shares = assign(ids, self.rows.lengths[ids], self.world.size, self.micro_batch_rows, padded=not self.packed)
         mine = shares[self.world.rank]
-        batches = [collate([self.rows[int(i)] for i in micro], self.pad_id, packed=self.packed) for micro in mine]
+        batches = [self.collate([self.rows[int(i)] for i in micro]) for micro in mine]
         return StepRows(
             cursor=(start, stop),
             micro_batches=[batch.to(self.world.device) for batch in batches],

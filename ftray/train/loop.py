@@ -28,7 +28,6 @@ from ftray.model.load import evaluating, load_base
 from ftray.model.methods import attach, load_trained_state
 from ftray.train import commits
 from ftray.train.artefact import write_artefact
-from ftray.train.batch import collate
 from ftray.train.commits import Commit, Progress
 from ftray.train.feed import Feed, StepRows
 from ftray.train.identity import identity, refuse_other_run
@@ -73,12 +72,12 @@ class _Worker:
     def _build(self) -> None:
         run, world, rows = self.run, self.world, self.data.train
         base, self.unquantized = load_base(run, world.device)
-        self.model = attach(base, run).train()  # transformers loads in evaluation mode
+        self.order = Order(run.seed, rows.sizes, rows.weights)
+        self.steps = run.total_steps(self.order.rows_per_epoch)
+        self.model = attach(base, run, self.steps).train()  # transformers loads in evaluation mode
         if run.train.gradient_checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
         self.strategy: Strategy = DataParallel(run, self.model, TargetLoss(self.model), world)
-        self.order = Order(run.seed, rows.sizes, rows.weights)
-        self.steps = run.total_steps(self.order.rows_per_epoch)
         self.feed = Feed(
             rows,
             self.order,
@@ -87,6 +86,8 @@ class _Worker:
             micro_batch_rows=run.train.micro_batch_rows,
             pad_id=self.pad_id,
             packed=run.data.packing != "off",
+            virtual_tokens=run.method.virtual_tokens,
+            prefix_tokens=run.method.prefix_tokens,
         )
         self.progress = Progress()
         self.committed: int | None = None
@@ -209,7 +210,8 @@ class _Worker:
         return at_ends or (every is not None and progress.step % every == 0)
 
     def evaluate(self) -> None:
-        """Loss a target token on the held-out rows, over all workers; keeps track of the best."""
+        """Loss a target token on the held-out rows, over all workers; keeps track of the best. Before the first step it
+        is the base's own, without virtual tokens; all other methods start from it."""
         started, progress = time.perf_counter(), self.progress
         assert self.data.held_out is not None
         loss, targets = self._held_out_loss(self.data.held_out)
@@ -238,8 +240,10 @@ class _Worker:
         total = 0.0
         with evaluating(self.model):
             for few in mine:
-                batch = collate([rows[int(i)] for i in few], self.pad_id, packed=self.run.data.packing != "off")
-                total += float(self.strategy.loss(batch.to(self.world.device)))
+                batch = self.feed.collate([rows[int(i)] for i in few]).to(self.world.device)
+                if self.progress.step == 0 and batch.bare:
+                    batch = batch.bare
+                total += float(self.strategy.loss(batch))
         (total,) = self.world.sum(total)
         targets = int(rows.target_counts[ids].sum())
         return total / targets, targets

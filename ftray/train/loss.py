@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ftray.model.plan import LOSS_CHUNK_TOKENS
+from ftray.model.virtual import with_virtual_tokens
 from ftray.train.batch import Batch
 
 
@@ -29,7 +30,7 @@ class TargetLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        hidden = causal.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+        hidden = causal.base_model(**with_virtual_tokens(self.model, batch), use_cache=False).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
         head = causal.get_output_embeddings()
         parameters = [p for p in head.parameters() if p.requires_grad]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ftray.config import Run
+from ftray.model.adalora import rank_budget
 from ftray.model.methods import load_trained_state, trained_state
 from ftray.train.batch import Batch
 from ftray.train.commits import Commit, State
@@ -58,6 +59,7 @@ class DataParallel:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, run.train)
         self.wrapped = _distributed(objective, self.trained, world)
+        self.budget = rank_budget(model)
 
     def gradients(self, batches: list[Batch], divisor: float, seeds: list[int]) -> list[Tensor]:
         share = self.world.size / divisor  # DDP divides by the number of workers
@@ -70,6 +72,8 @@ class DataParallel:
                     loss = self.wrapped(batch)
                 (loss * share).backward()
             losses.append(loss.detach())
+        if self.budget:
+            self.budget.add_penalty()
         return losses
 
     def update(self, rate: float, apply: bool) -> float:
@@ -77,6 +81,8 @@ class DataParallel:
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.clip_norm or math.inf))
         if apply and math.isfinite(norm):
             self.optimizer.step()
+            if self.budget:
+                self.budget.reallocate()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

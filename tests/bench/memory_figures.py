@@ -6,6 +6,7 @@ python tests/bench/memory_figures.py
 from __future__ import annotations
 
 from ftray.config import Run, parse_run
+from ftray.model.counts import trained_tensors
 from ftray.model.plan import make_plan
 from ftray.model.shapes import Linear, Shapes, shapes_of
 from ftray.model.source import find_shapes
@@ -64,8 +65,6 @@ def ten_billion() -> list[tuple[str, str, str]]:
 
 
 def _kept(run: Run, shapes: Shapes) -> list[Item]:
-    from ftray.model.plan import trained_tensors
-
     return list(states(run, shapes, trained_tensors(run, shapes)))
 
 

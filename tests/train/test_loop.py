@@ -14,7 +14,7 @@ from ftray.config import Run
 from ftray.data.order import Order
 from ftray.data.prepared import Row
 from ftray.errors import ConfigError, RunError
-from ftray.model.methods import lora_config
+from ftray.model.adapters import lora_config
 from ftray.train import loop
 from ftray.train.loop import train_worker
 from ftray.train.world import World

@@ -13,7 +13,8 @@ from ftray.config import Model, Run, parse_run
 from ftray.errors import ModelError
 from ftray.model.activations import layer_bytes, micro_batch_tokens, saved_bytes
 from ftray.model.advice import cheapest_fit
-from ftray.model.plan import LOGIT_BYTES, LOSS_CHUNK_TOKENS, make_plan, targeted, trained_tensors
+from ftray.model.counts import targeted, trained_tensors
+from ftray.model.plan import LOGIT_BYTES, LOSS_CHUNK_TOKENS, make_plan
 from ftray.model.shapes import KNOWN_FAMILIES, Linear, Shapes, shapes_of
 from ftray.model.source import find_config, find_shapes
 from ftray.model.states import GIB, nf4_bytes, optimizer_bytes

@@ -10,8 +10,8 @@ from transformers import get_scheduler
 
 from ftray.config import Schedule
 from ftray.errors import ArtefactError, ModelError
+from ftray.model.adapters import targets
 from ftray.model.attention import Packed, packed_attention
-from ftray.model.methods import targets
 from ftray.train import commits, loss
 from ftray.train.commits import Commit, Progress, State, to_keep
 from ftray.train.loss import _ChunkedCrossEntropy, _Head
