@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
 SHELL = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
 SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", README, flags=re.S | re.M))
-[RUN_FILE] = [text for language, text in BLOCKS if language == "yaml"]
+RUN_FILE, *ADDITIONS = [text for language, text in BLOCKS if language == "yaml"]
 
 
 def _commands() -> list[str]:
@@ -58,6 +58,17 @@ def test_the_run_file_is_valid_and_leaves_out_nothing_it_names():
     assert [source.format.name for source in run.data.sources] == ["messages", "prompt_completion"]
 
 
+def test_what_may_be_added_to_the_run_file_is_valid():
+    for text in ADDITIONS:
+        assert parse_run(f"{RUN_FILE}\n{text}", "README", ["method={name: full}"])
+
+
+def test_the_memory_figures_are_those_of_the_plan():
+    from tests.bench.memory_figures import tables
+
+    assert tables() in README
+
+
 def test_every_recipe_is_told_and_exists():
     section = README.split("### Recipes")[1].split("\n## ")[0]
     told = set(re.findall(r"`([a-z0-9.-]+)`", section.split("\n\n", 2)[1]))
@@ -74,7 +85,7 @@ def test_methods_and_exit_codes_are_those_of_the_code():
 
     names = {get_args(m.model_fields["name"].annotation)[0] for m in get_args(get_args(Method)[0])}
     assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.M)))) == names
-    codes = set(map(int, re.findall(r"^\| (\d+) \|", README, re.M)))
+    codes = set(map(int, re.findall(r"^\| (\d+) \|", README.split("| exit code |")[1].split("\n\n")[0], re.M)))
     assert codes == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
 
 
