@@ -26,8 +26,7 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
     """(the base on `device`, names of the linear layers that had to stay unquantized)
 
     Trained from scratch (`model.random_weights`), weights are drawn from the run's seed. Full tuning holds weights in
-    fp32; otherwise the base takes `train.precision` (what `freeze` trains of it is put into fp32 later). Raises
-    ModelError.
+    fp32; otherwise the frozen base takes `train.precision`. Raises ModelError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
