@@ -146,12 +146,15 @@ def _causal(
             torch.cat([b.expand(len(x), -1, -1, -1), x], 2) for b, x in zip(before, (key, value), strict=True)
         )
     mask, length, keys = None, query.shape[2], key.shape[2]
-    if before is not None or (sliding_window is not None and length > sliding_window):
+    windowed = sliding_window is not None and keys > sliding_window
+    short = length <= PLAIN_LENGTH and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if short and not windowed and not dropout:
+        return _plain(query, key, value, scaling)
+    if windowed or keys > length:
         place = torch.arange(keys, device=query.device)
         distance = place[keys - length :, None] - place[None, :]
         mask = (distance >= 0) & (distance < (sliding_window or keys))
-    elif query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= PLAIN_LENGTH and not dropout:
-        return _plain(query, key, value, scaling)
+        key, value = _for_each_query(query, key, value)  # torch's faster kernels with a mask know no shared heads
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -165,12 +168,18 @@ def _causal(
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    length, repeat = query.shape[2], query.shape[1] // key.shape[1]
-    if repeat > 1:
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
+    """Queries see the keys before them, and all that come before the first query."""
+    length, keys = query.shape[2], key.shape[2]
+    key, value = _for_each_query(query, key, value)
+    future = torch.full((length, keys), float("-inf"), dtype=query.dtype).triu(1 + keys - length)
     scores = (query @ key.transpose(-1, -2)) * (scaling or query.shape[-1] ** -0.5) + future
     return torch.softmax(scores, -1) @ value
+
+
+def _for_each_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, key heads, …] with a head for each of the queries'."""
+    repeat = query.shape[1] // key.shape[1]
+    return (key, value) if repeat == 1 else (key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1))
 
 
 def register() -> None:

@@ -97,6 +97,7 @@ def export(*arguments: str) -> int:
     return call(["export", *arguments])
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # of AdaLoRA, when PEFT loads it
 @pytest.mark.parametrize("name", ["lora", "dora", "qlora", "adalora", "vera", "ia3", "wide"])
 def test_a_merge_equals_base_plus_adapter(tmp_path, runs, name):
     to = tmp_path / "merged"

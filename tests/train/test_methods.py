@@ -129,6 +129,7 @@ def same_artefacts(a: Run, b: Run) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # of AdaLoRA, when PEFT loads it
 @pytest.mark.parametrize("name", METHODS)
 def test_it_learns_and_others_get_the_same_logits_from_its_artefact(tmp_path, monkeypatch, name):
     method, rate, share = METHODS[name]

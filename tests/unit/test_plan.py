@@ -120,6 +120,7 @@ def test_shapes_equal_those_of_transformers(config: dict[str, Any]) -> None:
     mine, theirs = shapes_of(config), shapes_of_module(net, config)
     assert mine.parameters == sum(p.numel() for p in net.parameters()) == theirs.parameters
     assert set(mine.linears) == set(theirs.linears)
+    assert set(mine.parts) == set(theirs.parts)
     assert (mine.embeddings, mine.norms, mine.tied) == (theirs.embeddings, theirs.norms, theirs.tied)
     assert mine.head.weights == theirs.head.weights
 
