@@ -50,8 +50,8 @@ class Train(Strict):
     optimizer: Optimizer = "adamw"
     """`adamw`: torch's, fused. `adamw_8bit`, `paged_adamw_8bit`, `paged_adamw_32bit`: bitsandbytes', with 8-bit states
     and states paged to the host. `sgd`; `lion` (Chen et al. 2023), one state instead of two; `adafactor` (Shazeer and
-    Stern 2018), a state of rows and columns. `mezo` (Malladi et al. 2023): two forward passes instead of gradients, and
-    no state at all, so training takes the memory of inference."""
+    Stern 2018), a state of rows and columns, its rate absolute as Adam's is. `mezo` (Malladi et al. 2023): two forward
+    passes instead of gradients, and no state at all, so training takes the memory of inference."""
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """Adam's and Lion's decay of the mean and of the variance."""
     epsilon: float = Field(1e-8, gt=0)
@@ -63,7 +63,8 @@ class Train(Strict):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled decay of matrices; biases, norms and magnitudes never decay."""
     layer_decay: float = Field(1.0, gt=0, le=1)
-    """The rate of each block is that of the block above it times this, and so down to the embeddings; 1: one rate."""
+    """The rate of each block is that of the block above it times this, and so down to the embeddings; 1: one rate. The
+    last block, and what stands above it, has the whole rate."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest norm of the whole gradient; null: no clipping. `mezo` has no gradient to clip."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)

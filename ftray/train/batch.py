@@ -26,6 +26,8 @@ class Batch:
     """int64 [N]: places in the flattened tokens whose hidden state predicts a target."""
     labels: Tensor
     """int64 [N]: the targets."""
+    lengths: Tensor
+    """int64 [S]: tokens of each sequence, in order; padded, S = B and padding does not count."""
     packed: Packed | None
     real_tokens: int
     """Tokens that are not padding."""
@@ -68,6 +70,7 @@ def _packed(rows: Sequence[Row]) -> Batch:
         positions=torch.from_numpy(positions)[None],
         predictors=torch.from_numpy(at - 1),
         labels=torch.from_numpy(tokens[at]),
+        lengths=torch.from_numpy(lengths.astype(np.int64)),
         packed=Packed.of(torch.from_numpy(lengths)),
         real_tokens=len(tokens),
     )
@@ -87,6 +90,7 @@ def _padded(rows: Sequence[Row], pad_id: int) -> Batch:
         positions=torch.arange(longest).expand(len(rows), -1),
         predictors=torch.from_numpy(at - 1),
         labels=flat.reshape(-1)[torch.from_numpy(at)],
+        lengths=torch.tensor([len(row.tokens) for row in rows]),
         packed=None,
         real_tokens=sum(len(row.tokens) for row in rows),
     )

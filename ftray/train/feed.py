@@ -24,7 +24,9 @@ class StepRows:
     row_ids: list[np.ndarray]
     """Row ids of each micro-batch."""
     target_tokens: int
-    """Targets of the whole step, over all workers: what its loss is divided by."""
+    """Targets of the whole step, over all workers."""
+    divisor: int
+    """What the step's loss is divided by: its target tokens, or its rows."""
     tokens: int
     """Tokens of the whole step, over all workers, without padding."""
 
@@ -40,10 +42,12 @@ class Feed:
         micro_batch_rows: int,
         pad_id: int,
         packed: bool,
+        per_row: bool,
     ) -> None:
+        """`per_row`: a step's loss is a mean over rows instead of target tokens."""
         self.rows, self.order, self.world = rows, order, world
         self.batch_rows, self.micro_batch_rows = batch_rows, micro_batch_rows
-        self.pad_id, self.packed = pad_id, packed
+        self.pad_id, self.packed, self.per_row = pad_id, packed, per_row
 
     def steps(self, cursor: int, count: int) -> Iterator[StepRows]:
         """The next `count` steps from `cursor` on."""
@@ -61,10 +65,12 @@ class Feed:
         shares = assign(ids, self.rows.lengths[ids], self.world.size, self.micro_batch_rows, padded=not self.packed)
         mine = shares[self.world.rank]
         batches = [collate([self.rows[int(i)] for i in micro], self.pad_id, packed=self.packed) for micro in mine]
+        targets = int(self.rows.target_counts[ids].sum())
         return StepRows(
             cursor=(start, stop),
             micro_batches=[batch.to(self.world.device) for batch in batches],
             row_ids=list(mine),
-            target_tokens=int(self.rows.target_counts[ids].sum()),
+            target_tokens=targets,
+            divisor=len(ids) if self.per_row else targets,
             tokens=int(self.rows.lengths[ids].sum()),
         )
