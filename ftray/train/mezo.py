@@ -22,8 +22,8 @@ from ftray.train.seeds import mix
 from ftray.train.strategy import autocast
 from ftray.train.world import World
 
-_PIECE = 1 << 20
-"""Elements of a parameter that are moved at once: what a step needs beside the weights is a few MB."""
+_PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements of a parameter that are moved at once: what a step needs beside the weights is four times this in fp32."""
 
 
 class MeZO:
@@ -72,7 +72,7 @@ class MeZO:
             draw = torch.Generator(parameter.device).manual_seed(mix(self.seed, self.step, index))
             luck = torch.Generator(parameter.device).manual_seed(mix(self.seed, self.step, index, 1))
             decay = self.train.weight_decay if parameter.ndim >= 2 else 0.0
-            for piece in parameter.data.view(-1).split(_PIECE):
+            for piece in parameter.data.view(-1).split(_PIECE[parameter.device.type]):
                 z = torch.randn(len(piece), generator=draw, device=piece.device)
                 value = piece.float()
                 if back:
