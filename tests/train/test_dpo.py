@@ -208,7 +208,7 @@ def test_a_worker_without_rows_takes_part(tmp_path):
     objective = PreferenceLoss(run, model)
     loss = objective(collate([], 0, packed=True))
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
     assert objective.take() == [0.0] * 5
 
