@@ -22,7 +22,7 @@ from ftray.train.seeds import mix
 from ftray.train.strategy import autocast
 from ftray.train.world import World
 
-_PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+_PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements of a parameter that are moved at once: what a step needs beside the weights is four times this in fp32."""
 
 

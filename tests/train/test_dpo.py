@@ -202,6 +202,38 @@ def test_the_reference_is_the_base_and_does_not_move(tmp_path):
             assert not torch.allclose(completion_log_probabilities(model, batch), base)
 
 
+def _one_of_two(rank: int, folder: str, method: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    channel = Recorder()
+    run = dpo_run(f"{folder}/run", *TWO, "workers.count=2", method=method)
+    train_worker(run, MemoryData(PAIRS, HELD_OUT[:3]), World(rank, 2), channel)  # type: ignore[arg-type]
+    if rank == 0:
+        Path(f"{folder}/told.json").write_text(json.dumps(channel.of("step") + channel.of("evaluation")))
+    dist.destroy_process_group()
+
+
+TWO = (
+    "train.steps=6",
+    "train.batch_rows=5",
+    "train.micro_batch_rows=2",  # three micro-batches here, two there
+    "train.evaluate_every=6",
+    "data.held_out_fraction=0.1",
+)
+
+
+@pytest.mark.parametrize("method", ["{name: lora, rank: 4}", "{name: full}"])
+def test_two_workers_make_the_steps_of_one(tmp_path, method):
+    torch.multiprocessing.start_processes(_one_of_two, (str(tmp_path), method), nprocs=2, start_method="spawn")
+    told = json.loads((tmp_path / "told.json").read_text())
+    alone, _ = trained(dpo_run(tmp_path / "alone", *TWO, method=method), held_out=HELD_OUT[:3])
+    for mine, one in zip(told, alone.of("step") + alone.of("evaluation"), strict=True):
+        for key in ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward"):
+            assert mine[key] == pytest.approx(one[key], rel=1e-2, abs=1e-3)
+
+
 def test_a_worker_without_rows_takes_part(tmp_path):
     run = dpo_run(tmp_path)
     model = attach(load_base(run)[0], run).train()
