@@ -18,7 +18,7 @@ from ftray.model.load import evaluating, load_base
 from ftray.model.methods import attach, lora_config
 from ftray.train import dpo
 from ftray.train.batch import collate
-from ftray.train.dpo import PreferenceLoss, completion_log_probabilities, log_probabilities
+from ftray.train.dpo import PreferenceLoss, completion_log_probabilities, frozen_copy, log_probabilities
 from ftray.train.loop import train_worker
 from ftray.train.loss import Head
 from ftray.train.world import World
@@ -202,19 +202,32 @@ def test_the_reference_is_the_base_and_does_not_move(tmp_path):
             assert not torch.allclose(completion_log_probabilities(model, batch), base)
 
 
-def _one_of_two(rank: int, folder: str, method: str) -> None:
+def test_the_frozen_copy_shares_what_is_not_trained(tmp_path):
+    model = load_base(dpo_run(tmp_path))[0]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.3." in name)
+    twin = frozen_copy(model, torch.bfloat16)
+    for (name, own), copied in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert not copied.requires_grad
+        assert (own is copied) != ("layers.3." in name)
+        assert copied.dtype == (torch.bfloat16 if "layers.3." in name else torch.float32)
+
+
+def _one_of_two(rank: int, folder: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    channel = Recorder()
-    run = dpo_run(f"{folder}/run", *TWO, "workers.count=2", method=method)
-    train_worker(run, MemoryData(PAIRS, HELD_OUT[:3]), World(rank, 2), channel)  # type: ignore[arg-type]
-    if rank == 0:
-        Path(f"{folder}/told.json").write_text(json.dumps(channel.of("step") + channel.of("evaluation")))
+    for name, method in METHODS.items():
+        channel = Recorder()
+        run = dpo_run(f"{folder}/{name}", *TWO, "workers.count=2", method=method)
+        train_worker(run, MemoryData(PAIRS, HELD_OUT[:3]), World(rank, 2), channel)  # type: ignore[arg-type]
+        if rank == 0:
+            Path(f"{folder}/{name}.json").write_text(json.dumps(channel.of("step") + channel.of("evaluation")))
     dist.destroy_process_group()
 
 
+METHODS = {"lora": "{name: lora, rank: 4}", "full": "{name: full}"}
 TWO = (
     "train.steps=6",
     "train.batch_rows=5",
@@ -224,14 +237,14 @@ TWO = (
 )
 
 
-@pytest.mark.parametrize("method", ["{name: lora, rank: 4}", "{name: full}"])
-def test_two_workers_make_the_steps_of_one(tmp_path, method):
-    torch.multiprocessing.start_processes(_one_of_two, (str(tmp_path), method), nprocs=2, start_method="spawn")
-    told = json.loads((tmp_path / "told.json").read_text())
-    alone, _ = trained(dpo_run(tmp_path / "alone", *TWO, method=method), held_out=HELD_OUT[:3])
-    for mine, one in zip(told, alone.of("step") + alone.of("evaluation"), strict=True):
-        for key in ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward"):
-            assert mine[key] == pytest.approx(one[key], rel=1e-2, abs=1e-3)
+def test_two_workers_make_the_steps_of_one(tmp_path):
+    torch.multiprocessing.start_processes(_one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
+    for name, method in METHODS.items():
+        told = json.loads((tmp_path / f"{name}.json").read_text())
+        alone, _ = trained(dpo_run(tmp_path / f"{name}-alone", *TWO, method=method), held_out=HELD_OUT[:3])
+        for mine, one in zip(told, alone.of("step") + alone.of("evaluation"), strict=True):
+            for key in ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward"):
+                assert mine[key] == pytest.approx(one[key], rel=1e-2, abs=1e-3)
 
 
 def test_a_worker_without_rows_takes_part(tmp_path):
