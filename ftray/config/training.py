@@ -28,7 +28,7 @@ class EarlyStopping(Strict):
     patience: int = Field(3, ge=1)
     """Evaluations in a row without a better held-out loss before the run ends."""
     min_improvement: float = Field(0.0, ge=0)
-    """What counts as better: the loss must fall by more than this (nats a target token)."""
+    """What counts as better: the loss must fall by more than this (nats a target token, or a pair)."""
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -40,7 +40,8 @@ class Train(Strict):
     epochs: float | None = Field(None, gt=0)
     """Passes over the mixture. Give this or `steps`."""
     batch_rows: int = Field(16, ge=1)
-    """Rows of one optimizer step, over all workers and micro-batches: what other trainers call the global batch."""
+    """Rows of one optimizer step, over all workers and micro-batches: what other trainers call the global batch.
+    A preference is one row."""
     micro_batch_rows: int = Field(8, ge=1)
     """Rows that one worker puts through the model at once. Accumulation follows: batch_rows / (workers × this)."""
     learning_rate: float = Field(2e-4, gt=0)

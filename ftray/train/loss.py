@@ -71,8 +71,9 @@ def noisy_embeddings(causal: Any, batch: Batch, alpha: float | None) -> Iterator
         return
 
     def add(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:  # [B, T, D]
-        lengths = batch.lengths
-        each = lengths.repeat_interleave(lengths)[None] if batch.packed else lengths[:, None]
+        each = batch.lengths[:, None]
+        if batch.packed:
+            each = batch.lengths.repeat_interleave(batch.lengths, output_size=embedded.shape[1])[None]
         bound = alpha * (each * embedded.shape[-1]).rsqrt()
         return embedded + (torch.rand_like(embedded) * 2 - 1) * bound[..., None].to(embedded.dtype)
 
