@@ -74,6 +74,27 @@ def random_rows(count: int, seed: int = 0, vocabulary: int = 500, longest: int =
     return rows
 
 
+def random_pairs(count: int, seed: int = 0) -> list[Row]:
+    """Pairs of random tokens with a rule to learn: what is chosen is of the lower half of the vocabulary."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        prompt = random.integers(50, 500, int(random.integers(3, 12)))
+        better, worse = (random.integers(low, low + 200, int(random.integers(2, 6))) for low in (50, 300))
+        tokens = np.concatenate([prompt, better, prompt, worse]).astype(np.int32)
+        border = len(prompt) + len(better)
+        targets = np.ones(len(tokens), bool)
+        targets[: len(prompt)] = targets[border : border + len(prompt)] = False
+        rows.append(Row(tokens, targets, np.array([border, len(tokens) - border], np.int32)))
+    return rows
+
+
+def dpo_run(folder: Any, *overrides: str, method: str = "{name: lora, rank: 4, alpha: 8}") -> Run:
+    """`toy_run` on preferences."""
+    source = "data.sources=[{path: unused.jsonl, format: preference}]"
+    return toy_run(folder, source, "objective=dpo", *overrides, method=method)
+
+
 def toy_run(folder: Any, *overrides: str, method: str = "{name: lora, rank: 4, alpha: 8}") -> Run:
     """A short fp32 LoRA run of the embedded base in `folder`."""
     text = f"""

@@ -112,6 +112,8 @@ class PlainConsole:
             f"rate {e['learning_rate']:.2e}",
             f"{count(self.pace.tokens_per_second)} target tokens/s",
         ]
+        if "margin" in e:
+            parts.insert(2, f"margin {e['margin']:.3f}")
         if e.get("skipped"):
             parts.append(f"{e['skipped']} skipped")
         return " · ".join([*parts, f"{left} left" if e["step"] < self.steps else "done"])
@@ -254,6 +256,8 @@ def evaluation_text(e: Event) -> str:
     text = f"held-out at step {count(e['step'])}{of}: loss {e['loss']:.4f}"
     if "perplexity" in e:
         text += f", perplexity {e['perplexity']:.2f}"
+    if "margin" in e:
+        text += f", margin {e['margin']:.3f}, accuracy {percent(e['accuracy'])}"
     if "target_tokens" in e:
         text += f" over {count(e['target_tokens'])} target tokens in {duration(e.get('seconds'))}"
     return text

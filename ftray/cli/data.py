@@ -106,7 +106,8 @@ def histogram(found: dict[str, Sequence[float]], most: int) -> str:
 
 
 def sample_rows(run: Run, prepared: PreparedData, number: int) -> list[tuple[str, list[Part]]]:
-    """(where it is from, its text in parts) of some rows, spread evenly over the training rows."""
+    """(where it is from, its text in parts) of some rows, spread evenly over the training rows; of a preference both
+    of its sides, one after the other."""
     rows = prepared.train
     number = min(number, len(rows))
     if not number:
@@ -117,11 +118,18 @@ def sample_rows(run: Run, prepared: PreparedData, number: int) -> list[tuple[str
     shown = []
     for i in range(number):
         at = i * len(rows) // number
-        row = rows[at]
-        parts = marked(tokenizer, row.tokens[:_SHOWN_TOKENS].tolist(), row.targets[:_SHOWN_TOKENS].tolist())
-        if len(row.tokens) > _SHOWN_TOKENS:
-            parts.append((f"… ({some(len(row.tokens) - _SHOWN_TOKENS, 'more token')})", False))
-        shown.append((f"{rows.provenance(at)} · {some(len(row.tokens), 'token')}", parts))
+        row, where = rows[at], rows.provenance(at)
+        if run.objective.name == "dpo":
+            border = int(row.sequence_lengths[0])
+            pieces = [(f"{where} · chosen", slice(border)), (f"{where} · rejected", slice(border, None))]
+        else:
+            pieces = [(where, slice(None))]
+        for name, piece in pieces:
+            tokens, targets = row.tokens[piece], row.targets[piece]
+            parts = marked(tokenizer, tokens[:_SHOWN_TOKENS].tolist(), targets[:_SHOWN_TOKENS].tolist())
+            if len(tokens) > _SHOWN_TOKENS:
+                parts.append((f"… ({some(len(tokens) - _SHOWN_TOKENS, 'more token')})", False))
+            shown.append((f"{name} · {some(len(tokens), 'token')}", parts))
     return shown
 
 

@@ -99,7 +99,7 @@ class Data(Strict):
     held_out_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of `sources` kept back for evaluation, chosen by the row's content, so that equal rows stay on one side."""
     max_length: int = Field(1024, ge=8)
-    """Tokens a row at most."""
+    """Tokens a row at most; of a preference, tokens of each of its two sides."""
     too_long: Literal["truncate", "refuse"] = "refuse"
     """`truncate` cuts the end of a longer row; `refuse` puts it aside. Both are counted. A row whose targets would all
     be cut is put aside in either case."""

@@ -53,6 +53,16 @@ def _optimizers(run: Run) -> Iterator[str]:
         return
     if method.name == "adalora":
         yield "adalora judges ranks by their gradients, and mezo has none; use method lora, or optimizer adamw"
+    if getattr(method, "dropout", 0):
+        yield (
+            "optimizer mezo compares two losses, which dropout would blur more than the step between them, so both"
+            " passes leave it out; set method.dropout: 0"
+        )
+    if train.neftune:
+        yield (
+            "optimizer mezo compares two losses without noise, so train.neftune would do nothing; leave it out, or use"
+            " optimizer adamw"
+        )
     if train.gradient_checkpointing:
         yield "optimizer mezo has no backward pass, so train.gradient_checkpointing would do nothing; set it to false"
     if run.strategy:
@@ -125,6 +135,11 @@ def _objectives(run: Run) -> Iterator[str]:
         return
     if run.data.packing != "batch":
         yield f"objective dpo keeps a pair's two completions together; set data.packing: batch, not {run.data.packing}"
+    if run.model.random_weights:
+        yield (
+            "objective dpo compares with a model that already speaks, and model.random_weights has none; train it with"
+            " objective: sft first"
+        )
     if run.train.label_smoothing:
         yield "train.label_smoothing smooths tokens, and dpo's loss is of pairs; use objective.label_smoothing"
     divided = run.strategy is not None and run.strategy.zero == 3

@@ -28,7 +28,7 @@ class EarlyStopping(Strict):
     patience: int = Field(3, ge=1)
     """Evaluations in a row without a better held-out loss before the run ends."""
     min_improvement: float = Field(0.0, ge=0)
-    """What counts as better: the loss must fall by more than this (nats a target token)."""
+    """What counts as better: the loss must fall by more than this (nats a target token, or a pair)."""
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -40,7 +40,8 @@ class Train(Strict):
     epochs: float | None = Field(None, gt=0)
     """Passes over the mixture. Give this or `steps`."""
     batch_rows: int = Field(16, ge=1)
-    """Rows of one optimizer step, over all workers and micro-batches: what other trainers call the global batch."""
+    """Rows of one optimizer step, over all workers and micro-batches: what other trainers call the global batch.
+    A preference is one row."""
     micro_batch_rows: int = Field(8, ge=1)
     """Rows that one worker puts through the model at once. Accumulation follows: batch_rows / (workers × this)."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -50,8 +51,8 @@ class Train(Strict):
     optimizer: Optimizer = "adamw"
     """`adamw`: torch's, fused. `adamw_8bit`, `paged_adamw_8bit`, `paged_adamw_32bit`: bitsandbytes', with 8-bit states
     and states paged to the host. `sgd`; `lion` (Chen et al. 2023), one state instead of two; `adafactor` (Shazeer and
-    Stern 2018), a state of rows and columns. `mezo` (Malladi et al. 2023): two forward passes instead of gradients, and
-    no state at all, so training takes the memory of inference."""
+    Stern 2018), a state of rows and columns, its rate absolute as Adam's is. `mezo` (Malladi et al. 2023): two forward
+    passes instead of gradients, and no state at all, so training takes the memory of inference."""
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """Adam's and Lion's decay of the mean and of the variance."""
     epsilon: float = Field(1e-8, gt=0)
@@ -63,7 +64,8 @@ class Train(Strict):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled decay of matrices; biases, norms and magnitudes never decay."""
     layer_decay: float = Field(1.0, gt=0, le=1)
-    """The rate of each block is that of the block above it times this, and so down to the embeddings; 1: one rate."""
+    """The rate of each block is that of the block above it times this, and so down to the embeddings; 1: one rate. The
+    last block, and what stands above it, has the whole rate."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest norm of the whole gradient; null: no clipping. `mezo` has no gradient to clip."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)

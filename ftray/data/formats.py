@@ -34,8 +34,29 @@ ALPACA_WITH_INPUT = f"{_PREAMBLE}{_FURTHER}{_RESPONSE}### Input:\n{{input}}\n\n#
 """Taori et al. 2023, "Stanford Alpaca", with the line break before the response that its users settled on."""
 
 
-def renderer(format: config.Format, chat: ChatTemplate | None) -> Renderer:
-    """The renderer of a format. Raises DataError when it needs a chat template and there is none."""
+def renderers(format: config.Format, chat: ChatTemplate | None) -> tuple[Renderer, ...]:
+    """One renderer for each sequence that a row becomes: of a preference the chosen and the rejected one, of all else
+    one. Raises DataError when the format needs a chat template and there is none."""
+    if not isinstance(format, config.PreferenceFormat):
+        return (renderer(format, chat),)
+    template = _needed(chat) if format.chat else None
+
+    def side(column: str) -> Renderer:
+        def render(row: Mapping[str, Any]) -> Rendered:
+            prompt, completion = _preference(row, format, column)
+            return _chat(template, _as_messages(prompt, completion)) if template else _pair(prompt, completion)
+
+        return render
+
+    return side(format.chosen), side(format.rejected)
+
+
+def renderer(
+    format: config.TextFormat | config.PromptCompletionFormat | config.InstructionFormat | config.MessagesFormat,
+    chat: ChatTemplate | None,
+) -> Renderer:
+    """The renderer of a format whose rows become one sequence. Raises DataError when it needs a chat template and there
+    is none."""
     if isinstance(format, config.TextFormat):
         return lambda row: _text(row, format.column)
     if isinstance(format, config.MessagesFormat):
@@ -65,6 +86,8 @@ def columns_of(format: config.Format) -> list[str]:
     if isinstance(format, config.PromptCompletionFormat):
         both = [*Template(format.prompt, "prompt").columns, *Template(format.completion, "completion").columns]
         return list(dict.fromkeys(both))
+    if isinstance(format, config.PreferenceFormat):
+        return [format.prompt, format.chosen, format.rejected]
     return [c for c in (format.instruction, format.input, format.output) if c]
 
 
@@ -158,6 +181,16 @@ def _instruction(row: Mapping[str, Any], format: config.InstructionFormat) -> tu
     if given:
         return ALPACA_WITH_INPUT.format(instruction=instruction, input=given), output
     return ALPACA.format(instruction=instruction), output
+
+
+def _preference(row: Mapping[str, Any], format: config.PreferenceFormat, column: str) -> tuple[str, str]:
+    """(prompt, completion of `column`)"""
+    prompt, completion = _column(row, format.prompt, str), _column(row, column, str)
+    if not completion.strip():
+        raise BadRow("empty completion", f"column {column!r}")
+    if _column(row, format.chosen) == _column(row, format.rejected):
+        raise BadRow("chosen and rejected are the same")
+    return prompt, completion
 
 
 def _as_messages(prompt: str, completion: str) -> list[dict[str, str]]:

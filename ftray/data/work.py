@@ -18,7 +18,7 @@ import orjson
 
 from ftray import config
 from ftray.data.encode import Encoder, Vocabulary
-from ftray.data.formats import Rendered, renderer
+from ftray.data.formats import Rendered, renderers
 from ftray.data.fragments import Fragment
 from ftray.data.pack import pack
 from ftray.data.readers import read
@@ -31,6 +31,11 @@ HISTOGRAM_BINS = 32
 SHOWN_REJECTED = 5
 _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 1 << 20
 _WINDOW_ROWS, _WINDOW_TOKENS = 16_384, 4_000_000
+
+_Texts = tuple[int, list[Rendered], Any]
+"""A row's number, the texts of its sequences, and the row as it was read."""
+_Sequence = tuple[np.ndarray, np.ndarray]
+"""Tokens and targets."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class _Work:
     def __init__(self, number: int, fragment: Fragment, job: Job) -> None:
         self.number, self.fragment, self.job = number, fragment, job
         format = job.formats[fragment.split][fragment.source]
-        self._render = renderer(format, job.vocabulary.chat)
+        self._renders = renderers(format, job.vocabulary.chat)
         self._encoder = Encoder(job.vocabulary)
         self._pieces_wanted = job.packing == "corpus" and isinstance(format, config.TextFormat)
         splits = ["held_out"] if fragment.split == "held_out" else ["train", "held_out"]
@@ -102,10 +107,9 @@ class _Work:
 
     def run(self) -> dict[str, Any]:
         for batch in _batches(self._rendered()):
-            numbers = [number for number, _, _ in batch]
-            encoded = self._encoder.encode([rendered for _, rendered, _ in batch])
-            for number, (tokens, targets), (_, _, value) in zip(numbers, encoded, batch, strict=True):
-                self._place(number, tokens, targets, value)
+            encoded = iter(self._encoder.encode([text for _, texts, _ in batch for text in texts]))
+            for number, texts, value in batch:
+                self._place(number, [next(encoded) for _ in texts], value)
         shards = {split: output.finish() for split, output in self._outputs.items()}
         rejected = self._rejected.finish()
         files = [*shards.values(), rejected]
@@ -126,7 +130,7 @@ class _Work:
             output.abort()
         self._rejected.abort()
 
-    def _rendered(self) -> Iterator[tuple[int, Rendered, Any]]:
+    def _rendered(self) -> Iterator[_Texts]:
         counts = self._counts
         for raw in read(self.fragment):
             counts["lines"] = max(counts["lines"], raw.number + raw.lines - 1)
@@ -138,43 +142,52 @@ class _Work:
                 self._rejected.add(raw.number, raw.problem, raw.sample)
                 continue
             try:
-                rendered = self._render(raw.value)
+                rendered = [render(raw.value) for render in self._renders]
             except BadRow as problem:
                 self._rejected.add(raw.number, problem, raw.value)
                 continue
             yield raw.number, rendered, raw.value
 
-    def _place(self, number: int, tokens: np.ndarray, targets: np.ndarray, value: Any) -> None:
-        """Into its split, or aside."""
-        job, limit, n = self.job, self.job.max_length, len(tokens)
-        if not targets.any():
+    def _place(self, number: int, sequences: list[_Sequence], value: Any) -> None:
+        """Into its split, or aside: a row with all its sequences."""
+        limit = self.job.max_length
+        if not all(targets.any() for _, targets in sequences):
             self._rejected.add(number, BadRow("no target token"), value)
             return
-        split = self._split(tokens)
-        if n > limit and self._pieces_wanted:
-            self._counts["cut_in_pieces"] += 1
-            for start in range(0, n, limit):
-                piece = targets[start : start + limit].copy()
-                piece[0] = False
-                if piece.any():
-                    self._add(split, number, tokens[start : start + limit], piece)
+        split = self._split(np.concatenate([tokens for tokens, _ in sequences]))
+        if self._pieces_wanted and len(sequences[0][0]) > limit:
+            self._place_pieces(split, number, *sequences[0])
             return
-        if n > limit:
-            if job.too_long == "refuse":
-                self._rejected.add(number, BadRow("too long", f"{n:,} tokens, data.max_length is {limit:,}"), value)
+        longest = max(len(tokens) for tokens, _ in sequences)
+        if longest > limit:
+            if self.job.too_long == "refuse":
+                detail = f"{longest:,} tokens, data.max_length is {limit:,}"
+                self._rejected.add(number, BadRow("too long", detail), value)
                 return
-            tokens, targets = tokens[:limit], targets[:limit]
-            if not targets.any():
-                self._rejected.add(number, BadRow("every target is beyond max_length", f"{n:,} tokens"), value)
+            sequences = [(tokens[:limit], targets[:limit]) for tokens, targets in sequences]
+            if not all(targets.any() for _, targets in sequences):
+                self._rejected.add(number, BadRow("every target is beyond max_length", f"{longest:,} tokens"), value)
                 return
             self._counts["truncated"] += 1
-        self._add(split, number, tokens, targets)
+        self._add(split, number, sequences)
 
-    def _add(self, split: str, number: int, tokens: np.ndarray, targets: np.ndarray) -> None:
-        n = len(tokens)
-        self._bins[min(HISTOGRAM_BINS - 1, (n - 1) * HISTOGRAM_BINS // self.job.max_length)] += 1
-        self._counts["sequences"] += 1
-        self._outputs[split].add(Packed(tokens, targets, (n,), (number,)))
+    def _place_pieces(self, split: str, number: int, tokens: np.ndarray, targets: np.ndarray) -> None:
+        """A long text, cut in rows of `max_length`."""
+        limit = self.job.max_length
+        self._counts["cut_in_pieces"] += 1
+        for start in range(0, len(tokens), limit):
+            piece = targets[start : start + limit].copy()
+            piece[0] = False
+            if piece.any():
+                self._add(split, number, [(tokens[start : start + limit], piece)])
+
+    def _add(self, split: str, number: int, sequences: list[_Sequence]) -> None:
+        lengths = [len(tokens) for tokens, _ in sequences]
+        for n in lengths:
+            self._bins[min(HISTOGRAM_BINS - 1, (n - 1) * HISTOGRAM_BINS // self.job.max_length)] += 1
+        self._counts["sequences"] += len(lengths)
+        tokens, targets = (np.concatenate(part) for part in zip(*sequences, strict=True))
+        self._outputs[split].add(Packed(tokens, targets, lengths, (number,)))
 
     def _split(self, tokens: np.ndarray) -> str:
         """Held out or not, by the row's whole content: equal rows fall on one side."""
@@ -187,11 +200,12 @@ class _Work:
         return "held_out" if value < self.job.threshold else "train"
 
 
-def _batches(rows: Iterable[tuple[int, Rendered, Any]]) -> Iterator[list[tuple[int, Rendered, Any]]]:
-    batch, size = [], 0
+def _batches(rows: Iterable[_Texts]) -> Iterator[list[_Texts]]:
+    batch: list[_Texts] = []
+    size = 0
     for row in rows:
         batch.append(row)
-        size += len(row[1].text)
+        size += sum(len(rendered.text) for rendered in row[1])
         if len(batch) >= _BATCH_ROWS or size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

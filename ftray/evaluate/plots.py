@@ -76,7 +76,9 @@ def thin(series: Series, points: int = _MAX_POINTS) -> Series:
     return np.array([x[p].mean() for p in parts]), np.array(means)
 
 
-def loss_curves(steps: Series, smoothed: Series, held_out: Series, base: float | None, best_step: int | None) -> str:
+def loss_curves(
+    steps: Series, smoothed: Series, held_out: Series, base: float | None, best_step: int | None, unit: str
+) -> str:
     """Training loss raw and smoothed, held-out loss with a mark at each evaluation, the base's as a level line."""
 
     def draw(axes: Any) -> None:
@@ -92,7 +94,7 @@ def loss_curves(steps: Series, smoothed: Series, held_out: Series, base: float |
             if best_step is not None and best_step in x:
                 at = y[list(x).index(best_step)]
                 axes.plot([best_step], [at], "o", ms=11, mfc="none", mec=_SECOND, mew=1.4, label="the best, kept")
-        axes.set_ylabel("nats per target token")
+        axes.set_ylabel(f"nats per {unit}")
         _legend(axes)
 
     return _svg("loss", "Loss against steps: training, and held-out with the base's as a level line", draw, (14, 5.4))
@@ -108,7 +110,8 @@ def curve(name: str, label: str, series: Series, unit: str, *, log: bool = False
         if log:
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            finite = series[1][np.isfinite(series[1])]
+            axes.set_ylim(bottom=min(0.0, finite.min(initial=0.0)))
         axes.set_ylabel(unit)
 
     return _svg(name, label, draw, (4.4, 2.7))

@@ -53,6 +53,7 @@ def page(record: RunRecord) -> dict[str, Any]:
         "state": state(record),
         "tiles": tiles(record, comparison),
         "comparison": comparison,
+        "unit": unit(record),
         "evaluations": some_evaluations(record, comparison),
         "plots": {name: Markup(svg) for name, svg in draw(record, comparison).items()},
         "captions": captions(record),
@@ -85,6 +86,11 @@ def state(record: RunRecord) -> dict[str, str]:
     if not reason:
         return {"text": "not finished", "tone": "warn"}
     return {"text": str(reason), "tone": "warn" if reason == "stopped" else "good"}
+
+
+def unit(record: RunRecord) -> str:
+    """What the loss is a mean over."""
+    return "pair" if _part(record, "objective").get("name") == "dpo" else "target token"
 
 
 def evaluations(record: RunRecord) -> list[Event]:
@@ -132,9 +138,9 @@ def tiles(record: RunRecord, comparison: dict[str, Any] | None) -> list[dict[str
     if comparison:
         ratio = comparison["tuned"] / comparison["base"] if comparison["base"] else math.nan
         shown.append(("Held-out loss", loss(comparison["tuned"]), f"base {loss(comparison['base'])}, × {ratio:.2f}"))
-        shown.append(
-            ("Perplexity", short(comparison["tuned_perplexity"]), f"base {short(comparison['base_perplexity'])}")
-        )
+        if unit(record) == "target token":
+            below = f"base {short(comparison['base_perplexity'])}"
+            shown.append(("Perplexity", short(comparison["tuned_perplexity"]), below))
     if steps:
         total = start.get("steps")
         targets = sum(e.get("target_tokens") or 0 for e in steps)
@@ -214,18 +220,20 @@ def draw(record: RunRecord, comparison: dict[str, Any] | None) -> dict[str, str]
         held_out = np.array([e["step"] for e in found]), np.array([e["loss"] for e in found])
         base = comparison["base"] if comparison else None
         best = comparison["step"] if comparison and comparison["which"] == "best" else None
-        drawn["loss"] = plots.loss_curves((steps, losses), (steps, smoothed), held_out, base, best)
+        drawn["loss"] = plots.loss_curves((steps, losses), (steps, smoothed), held_out, base, best, unit(record))
     clip = _part(record, "train").get("clip_norm")
-    for name, key, label, unit in (
+    for name, key, label, axis in (
         ("rate", "learning_rate", "Learning rate against steps", "learning rate"),
         ("norm", "grad_norm", "Gradient norm before clipping against steps; a broken line at the limit", "norm"),
         ("speed", "target_tokens_per_second", "Target tokens a second; a broken line at the median", "tokens/s"),
+        ("margin", "margin", "Mean margin between chosen and rejected rewards against steps", "nats"),
+        ("accuracy", "accuracy", "Share of pairs whose chosen completion has the higher reward", "share"),
     ):
         series = record.series("step", key)
         if not np.isfinite(series[1]).any():
             continue
-        level = {"rate": None, "norm": clip, "speed": float(np.nanmedian(series[1]))}[name]
-        drawn[name] = plots.curve(name, label, series, unit, level=level)
+        level = {"norm": clip, "speed": float(np.nanmedian(series[1]))}.get(name)
+        drawn[name] = plots.curve(name, label, series, axis, level=level)
     lengths = record.facts.get("length_histogram") or {}
     if lengths.get("counts"):
         drawn["lengths"] = plots.histogram(lengths["edges"], lengths["counts"], record.facts.get("max_length"))
@@ -242,6 +250,8 @@ def captions(record: RunRecord) -> dict[str, str]:
         "rate": f"{schedule.get('name', '')}, peak {train.get('learning_rate')}".lstrip(", "),
         "norm": f"Before clipping; broken line: the limit, {clip:g}" if clip else "Not clipped",
         "speed": f"Target tokens; broken line: the median, {median}",
+        "margin": "Reward of the chosen completion less that of the rejected one",
+        "accuracy": "Share of a step's pairs whose chosen completion has the higher reward",
     }
 
 

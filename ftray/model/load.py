@@ -26,13 +26,15 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
     """(the base on `device`, names of the linear layers that had to stay unquantized)
 
     Trained from scratch (`model.random_weights`), weights are drawn from the run's seed. Full tuning holds weights in
-    fp32; otherwise the frozen base takes `train.precision`. Raises ModelError.
+    fp32, but for MeZO, which must not hold more than inference does; otherwise the frozen base takes
+    `train.precision`. Raises ModelError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
     folder = local_model_folder(run.model)
-    dtype = torch.float32 if run.method.name == "full" else DTYPES[run.train.precision]
+    whole = run.method.name == "full" and run.train.optimizer != "mezo"
+    dtype = torch.float32 if whole else DTYPES[run.train.precision]
     options: dict[str, Any] = {
         "trust_remote_code": run.model.trust_remote_code,
         "attn_implementation": attention.IMPLEMENTATION,

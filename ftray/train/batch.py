@@ -26,6 +26,8 @@ class Batch:
     """int64 [N]: places in the flattened tokens whose hidden state predicts a target."""
     labels: Tensor
     """int64 [N]: the targets."""
+    lengths: Tensor
+    """int64 [S]: tokens of each sequence, in order; padded, S = B and padding does not count."""
     packed: Packed | None
     virtual: Tensor | None
     """int64 [S·V]: places in the row that virtual tokens take, V in front of each of its S sequences."""
@@ -88,6 +90,7 @@ def _packed(rows: Sequence[Row], pad_id: int, virtual_tokens: int, prefix_tokens
         positions=torch.from_numpy(positions)[None],
         predictors=torch.from_numpy(at - 1),
         labels=torch.from_numpy(tokens[at]),
+        lengths=torch.from_numpy(lengths.astype(np.int64)),
         packed=Packed.of(torch.from_numpy(lengths)),
         virtual=virtual,
         prefixed=prefix_tokens > 0,
@@ -117,6 +120,7 @@ def _padded(rows: Sequence[Row], pad_id: int) -> Batch:
         positions=torch.arange(longest).expand(len(rows), -1),
         predictors=torch.from_numpy(at - 1),
         labels=flat.reshape(-1)[torch.from_numpy(at)],
+        lengths=torch.tensor([len(row.tokens) for row in rows]),
         packed=None,
         virtual=None,
         prefixed=False,

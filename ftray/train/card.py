@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ftray import __version__
-from ftray.config import LOW_RANK, Bottleneck, Freeze, Full, LoRA, Run
+from ftray.config import DPO, LOW_RANK, Bottleneck, Freeze, Full, LoRA, Run, Train
 from ftray.redact import redact, redact_values
 
 METHOD_NAMES = {
@@ -111,10 +111,12 @@ def _results(run: Run, summary: dict[str, Any]) -> str:
     tuned = best if run.train.keep_best and best is not None else final
     if base is None or tuned is None:
         return ""
-    rows = [
-        ("Loss, nats per target token", f"{base:.4f}", f"{tuned:.4f}", f"{tuned / base:.3f}" if base else "–"),
-        ("Perplexity", f"{_perplexity(base):.4g}", f"{_perplexity(tuned):.4g}", f"{math.exp(tuned - base):.3g}"),
-    ]
+    preferences = run.objective.name == "dpo"
+    loss = "DPO loss, nats per pair" if preferences else "Loss, nats per target token"
+    rows = [(loss, f"{base:.4f}", f"{tuned:.4f}", f"{tuned / base:.3f}" if base else "–")]
+    if not preferences:
+        change = f"{math.exp(tuned - base):.3g}"
+        rows.append(("Perplexity", f"{_perplexity(base):.4g}", f"{_perplexity(tuned):.4g}", change))
     return "## Results\n\nOn the same held-out rows:\n\n" + _table(("", "Base", "Tuned", "Ratio"), rows)
 
 
@@ -145,6 +147,9 @@ def _format(form: Any) -> str:
         wording = "in the tokenizer's chat template" if form.chat else "in Alpaca's wording"
         return f"instructions {wording}, the responses as targets"
     where = ", as two turns in the tokenizer's chat template" if form.chat else ""
+    if form.name == "preference":
+        columns = f"{_code(form.chosen)} preferred to {_code(form.rejected)}"
+        return f"preferences, prompts in the column {_code(form.prompt)}{where}; {columns}"
     return f"prompt {_code(form.prompt)}, completion {_code(form.completion)}{where}; the completions are the targets"
 
 
@@ -168,8 +173,10 @@ def _hyperparameters(run: Run, summary: dict[str, Any]) -> str:
     trained = summary.get("trainable_parameters")
     if trained:
         rows.append(("Trained parameters", f"{trained:,}"))
+    if isinstance(run.objective, DPO):
+        rows.append(("Objective", f"DPO (preferences), β {run.objective.beta:g}"))
     rows += [
-        ("Optimizer", f"{train.optimizer}, β {train.betas[0]:g} and {train.betas[1]:g}, ε {train.epsilon:g}"),
+        ("Optimizer", _optimizer(train)),
         ("Learning rate", f"{train.learning_rate:g}, {train.schedule.name}, warm-up {train.schedule.warmup:g}"),
         ("Weight decay", f"{train.weight_decay:g}"),
         ("Gradient clipping", f"norm {train.clip_norm:g}" if train.clip_norm else "off"),
@@ -198,6 +205,14 @@ def _knob(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:g}" if isinstance(value, float) else f"{value:,}"
     return _code(", ".join(value) if isinstance(value, list) else value) if value else "–"
+
+
+def _optimizer(train: Train) -> str:
+    betas = f", β {train.betas[0]:g} and {train.betas[1]:g}"
+    if "adamw" in train.optimizer:
+        return f"{train.optimizer}{betas}, ε {train.epsilon:g}"
+    own = {"lion": betas, "sgd": f", momentum {train.momentum:g}", "mezo": f", perturbation {train.perturbation:g}"}
+    return train.optimizer + own.get(train.optimizer, "")
 
 
 def _loading(run: Run) -> str:

@@ -25,7 +25,9 @@ class StepRows:
     row_ids: list[np.ndarray]
     """Row ids of each micro-batch."""
     target_tokens: int
-    """Targets of the whole step, over all workers: what its loss is divided by."""
+    """Targets of the whole step, over all workers."""
+    divisor: int
+    """What the step's loss is divided by: its target tokens, or its rows."""
     tokens: int
     """Tokens of the whole step, over all workers, without padding."""
 
@@ -41,12 +43,14 @@ class Feed:
         micro_batch_rows: int,
         pad_id: int,
         packed: bool,
+        per_row: bool,
         virtual_tokens: int = 0,
         prefix_tokens: int = 0,
     ) -> None:
+        """`per_row`: a step's loss is a mean over rows instead of target tokens."""
         self.rows, self.order, self.world = rows, order, world
         self.batch_rows, self.micro_batch_rows = batch_rows, micro_batch_rows
-        self.packed = packed
+        self.packed, self.per_row = packed, per_row
         self.collate = partial(
             collate, pad_id=pad_id, packed=packed, virtual_tokens=virtual_tokens, prefix_tokens=prefix_tokens
         )
@@ -67,10 +71,12 @@ class Feed:
         shares = assign(ids, self.rows.lengths[ids], self.world.size, self.micro_batch_rows, padded=not self.packed)
         mine = shares[self.world.rank]
         batches = [self.collate([self.rows[int(i)] for i in micro]) for micro in mine]
+        targets = int(self.rows.target_counts[ids].sum())
         return StepRows(
             cursor=(start, stop),
             micro_batches=[batch.to(self.world.device) for batch in batches],
             row_ids=list(mine),
-            target_tokens=int(self.rows.target_counts[ids].sum()),
+            target_tokens=targets,
+            divisor=len(ids) if self.per_row else targets,
             tokens=int(self.rows.lengths[ids].sum()),
         )

@@ -27,7 +27,7 @@ _FREE = {
 def identity(run: Run, data_digest: str) -> dict[str, Any]:
     """What decides the weights of every step: kept in each commit."""
     whole = run.dump()
-    kept: dict[str, Any] = {key: whole[key] for key in ("model", "method", "data", "train", "seed")}
+    kept: dict[str, Any] = {key: whole[key] for key in ("model", "method", "data", "train", "objective", "seed")}
     for section, free in _FREE.items():
         kept[section] = {key: value for key, value in kept[section].items() if key not in free}
     return {**kept, "data_digest": data_digest}

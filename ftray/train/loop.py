@@ -1,8 +1,9 @@
 """The loop: one story of one step, for every method. It runs on each Ray Train worker, and as well without Ray.
 
 A step takes the next rows of the order, adds up the gradients of their target tokens over micro-batches and workers,
-divides by the number of these tokens, clips, and moves the weights. Which rows, which rate and which dropout are pure
-functions of (seed, step), so a run that is taken up again goes exactly where it would have gone.
+divides by the number of these tokens (of pairs, for preferences), clips, and moves the weights. Which rows, which rate
+and which dropout are pure functions of (seed, step), so a run that is taken up again goes exactly where it would have
+gone.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from ftray.model.methods import attach, load_trained_state
 from ftray.train import commits
 from ftray.train.artefact import write_artefact
 from ftray.train.commits import Commit, Progress
+from ftray.train.dpo import PreferenceLoss
 from ftray.train.feed import Feed, StepRows
 from ftray.train.identity import identity, refuse_other_run
 from ftray.train.loss import TargetLoss
 from ftray.train.metrics import MetricsLog
+from ftray.train.mezo import MeZO
 from ftray.train.schedule import rate_factor
+from ftray.train.seeds import mix
 from ftray.train.strategy import DataParallel, Strategy
 from ftray.train.world import World
 
@@ -77,7 +81,16 @@ class _Worker:
         self.model = attach(base, run, self.steps).train()  # transformers loads in evaluation mode
         if run.train.gradient_checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
-        self.strategy: Strategy = DataParallel(run, self.model, TargetLoss(self.model), world)
+        self.objective: TargetLoss | PreferenceLoss = (
+            PreferenceLoss(run, self.model)
+            if run.objective.name == "dpo"
+            else TargetLoss(self.model, run.train.label_smoothing, run.train.neftune)
+        )
+        self.strategy: Strategy = (
+            MeZO(run, self.model, self.objective, world)
+            if run.train.optimizer == "mezo"
+            else DataParallel(run, self.model, self.objective, world)
+        )
         self.feed = Feed(
             rows,
             self.order,
@@ -86,6 +99,7 @@ class _Worker:
             micro_batch_rows=run.train.micro_batch_rows,
             pad_id=self.pad_id,
             packed=run.data.packing != "off",
+            per_row=self.objective.per_row,
             virtual_tokens=run.method.virtual_tokens,
             prefix_tokens=run.method.prefix_tokens,
         )
@@ -143,11 +157,12 @@ class _Worker:
         started = time.perf_counter()
         progress, run = self.progress, self.run
         rate = run.train.learning_rate * rate_factor(run.train.schedule, progress.step, self.steps)
-        seeds = [_mix(run.seed, progress.step, self.world.rank, i) for i in range(len(rows.micro_batches))]
-        sums = self.strategy.gradients(rows.micro_batches, rows.target_tokens, seeds)
+        seeds = [mix(run.seed, progress.step, self.world.rank, i) for i in range(len(rows.micro_batches))]
+        sums = self.strategy.gradients(rows.micro_batches, rows.divisor, seeds)
         losses = torch.stack(sums).tolist()
-        loss_sum, stop = self.world.sum(sum(losses), float(self.channel.stop_requested()))
-        loss = loss_sum / rows.target_tokens
+        wish = float(self.channel.stop_requested())
+        loss_sum, stop, *taken = self.world.sum(sum(losses), wish, *self.objective.take())
+        loss = loss_sum / rows.divisor
         norm = self.strategy.update(rate, apply=math.isfinite(loss))
         if finite := math.isfinite(loss) and math.isfinite(norm):
             progress.skipped_in_a_row = 0
@@ -165,6 +180,7 @@ class _Worker:
             epoch=progress.cursor / self.order.rows_per_epoch,
             cursor=list(rows.cursor),
             loss=loss,
+            **self.objective.figures(taken),
             learning_rate=rate,
             grad_norm=norm,
             target_tokens=rows.target_tokens,
@@ -210,11 +226,11 @@ class _Worker:
         return at_ends or (every is not None and progress.step % every == 0)
 
     def evaluate(self) -> None:
-        """Loss a target token on the held-out rows, over all workers; keeps track of the best. Before the first step it
-        is the base's own, without virtual tokens; all other methods start from it."""
+        """Mean loss on the held-out rows, over all workers; keeps track of the best. Before the first step it is the
+        base's own, without virtual tokens; all other methods start from it."""
         started, progress = time.perf_counter(), self.progress
         assert self.data.held_out is not None
-        loss, targets = self._held_out_loss(self.data.held_out)
+        loss, targets, figures = self._held_out_loss(self.data.held_out)
         progress.evaluated_at = progress.step
         if progress.step == 0:
             progress.base_loss = loss
@@ -228,25 +244,28 @@ class _Worker:
             kind="evaluation",
             step=progress.step,
             loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
+            **figures,
             target_tokens=targets,
             seconds=time.perf_counter() - started,
         )
 
-    def _held_out_loss(self, rows: Rows) -> tuple[float, int]:
+    def _held_out_loss(self, rows: Rows) -> tuple[float, int, dict[str, float]]:
+        """(mean loss, target tokens, what else the objective tells)"""
         ids = np.arange(min(len(rows), self.run.train.evaluate_rows or len(rows)))
         micro = self.run.train.micro_batch_rows  # rows of like length together, whether padded or not
         mine = assign(ids, rows.lengths[ids], self.world.size, micro, padded=True)[self.world.rank]
         total = 0.0
-        with evaluating(self.model):
+        with evaluating(self.objective):
             for few in mine:
                 batch = self.feed.collate([rows[int(i)] for i in few]).to(self.world.device)
                 if self.progress.step == 0 and batch.bare:
                     batch = batch.bare
                 total += float(self.strategy.loss(batch))
-        (total,) = self.world.sum(total)
+        total, *taken = self.world.sum(total, *self.objective.take())
         targets = int(rows.target_counts[ids].sum())
-        return total / targets, targets
+        if self.objective.per_row:
+            return total / len(ids), targets, self.objective.figures(taken)
+        return total / targets, targets, {"perplexity": math.exp(min(total / targets, 700.0))}
 
     # -------------------------------------------------------------------------------------------------------- commits
 
@@ -334,11 +353,6 @@ class _Worker:
     def warn(self, text: str) -> None:
         if self.world.is_first:
             self.channel.emit({"kind": "warning", "text": text})
-
-
-def _mix(*parts: int) -> int:
-    """A 63-bit seed of several small numbers, far apart for near ones."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
 def trained_count(model: nn.Module) -> int:

@@ -8,6 +8,8 @@ cross-entropy, Hsu et al. 2024, with the model's own head module in place of a k
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,23 +23,70 @@ from ftray.train.batch import Batch
 class TargetLoss(nn.Module):
     """Sum of the cross-entropy over a micro-batch's target tokens, in nats: a scalar in fp32.
 
-    It is a module so that what wraps modules (DDP, DeepSpeed) sees one forward pass from batch to loss.
+    It is a module so that what wraps modules (DDP, DeepSpeed) sees one forward pass from batch to loss. In training
+    mode the loss has `smoothing` and the embeddings noise of strength `neftune`.
     """
 
-    def __init__(self, model: Any) -> None:
+    per_row = False
+    """A step's loss is divided by its target tokens, not by its rows."""
+
+    def __init__(self, model: Any, smoothing: float = 0.0, neftune: float | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.smoothing, self.neftune = model, smoothing, neftune
 
     def forward(self, batch: Batch) -> Tensor:
-        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        hidden = causal.base_model(**with_virtual_tokens(self.model, batch), use_cache=False).last_hidden_state
-        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
+        causal = causal_model(self.model)
+        chosen = target_states(self.model, batch, self.neftune)
         head = causal.get_output_embeddings()
-        parameters = [p for p in head.parameters() if p.requires_grad]
-        return _ChunkedCrossEntropy.apply(chosen, batch.labels, _Head(head, causal.config), *parameters)
+        parameters = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+        smoothing = self.smoothing if self.training else 0.0
+        return _ChunkedCrossEntropy.apply(chosen, batch.labels, Head(head, causal.config), smoothing, *parameters)
+
+    def take(self) -> list[float]:
+        """Sums of what is told besides the loss, since the last call: none here."""
+        return []
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """What `take` gave, summed over the workers, as figures by name."""
+        return {}
 
 
-class _Head:
+def causal_model(model: Any) -> Any:
+    """The transformers model, adapters inside it, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def target_states(model: Any, batch: Batch, neftune: float | None = None) -> Tensor:
+    """Hidden states [N, D] from which the targets are predicted. Noise on the embeddings only in training mode."""
+    causal = causal_model(model)
+    with noisy_embeddings(causal, batch, neftune if causal.training else None):
+        hidden = causal.base_model(**with_virtual_tokens(model, batch), use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
+
+
+@contextlib.contextmanager
+def noisy_embeddings(causal: Any, batch: Batch, alpha: float | None) -> Iterator[None]:
+    """Add uniform noise in ±alpha / √(L·D) to the token embeddings, L being each sequence's own length (NEFTune, Jain
+    et al. 2023, algorithm 1). None: nothing is added."""
+    if alpha is None:
+        yield
+        return
+
+    def add(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:  # [B, T, D]
+        each = batch.lengths[:, None]
+        if batch.packed:
+            each = batch.lengths.repeat_interleave(batch.lengths, output_size=embedded.shape[1])[None]
+        bound = alpha * (each * embedded.shape[-1]).rsqrt()
+        return embedded + (torch.rand_like(embedded) * 2 - 1) * bound[..., None].to(embedded.dtype)
+
+    handle = causal.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Head:
     """The output head with what some families do to logits after it."""
 
     def __init__(self, module: nn.Module, config: Any) -> None:
@@ -56,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """hidden [N, D], labels [N] → sum of the losses; gradients are ready when forward ends."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, labels: Tensor, head: _Head, *parameters: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, labels: Tensor, head: Head, smoothing: float, *parameters: Tensor) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or any(p.requires_grad for p in parameters)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
@@ -66,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(needs_grad):
                 chunk = hidden[piece].detach().requires_grad_(needs_grad)
                 logits = head(chunk)
-            loss, grad_logits = _cross_entropy(logits.detach(), labels[piece], needs_grad)
+            loss, grad_logits = _cross_entropy(logits.detach(), labels[piece], smoothing, needs_grad)
             total += loss
             if grad_hidden is not None:
                 found = torch.autograd.grad(logits, [chunk, *parameters], grad_logits)
@@ -79,11 +128,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         hidden = ctx.grad_hidden * grad_total.to(ctx.grad_hidden.dtype)
-        return hidden, None, None, *(g.mul_(grad_total.to(g.dtype)) for g in ctx.grads)
+        return hidden, None, None, None, *(g.mul_(grad_total.to(g.dtype)) for g in ctx.grads)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of the losses of a chunk, and their gradient by the logits in the logits' type.
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum of the losses of a chunk, and their gradient by the logits in the logits' type. `smoothing` is the share of
+    each target's probability that is spread evenly (Szegedy et al. 2016, section 7).
 
     Rows are taken in blocks that stay in a CPU's cache (measured: 24 ms against 63 ms for 480 rows of 32,000).
     """
@@ -95,10 +145,14 @@ def _cross_entropy(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Te
         work = block.float()
         top, at = work.max(-1, keepdim=True)
         picked = work.gather(-1, wanted)
+        if smoothing:
+            picked = (1 - smoothing) * picked + smoothing * work.mean(-1, keepdim=True)
         work = torch.softmax(work, -1)
         total += (top - work.gather(-1, at).log() - picked).sum()  # log Z = top - log p(top): p(top) is never small
         if grad is not None:
-            work.scatter_add_(-1, wanted, torch.full_like(picked, -1.0))
+            work.scatter_add_(-1, wanted, torch.full_like(picked, smoothing - 1.0))
+            if smoothing:
+                work -= smoothing / work.shape[-1]
             grad[start : start + rows] = work
     return total, grad
 

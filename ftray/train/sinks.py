@@ -37,6 +37,8 @@ _STEP_METRICS = {
     "epoch": "train/epoch",
 }
 _EVALUATION_METRICS = {"loss": "held_out/loss", "perplexity": "held_out/perplexity"}
+for _name in ("margin", "accuracy", "chosen_reward", "rejected_reward"):  # of preferences
+    _STEP_METRICS[_name], _EVALUATION_METRICS[_name] = f"train/{_name}", f"held_out/{_name}"
 
 
 class Sink(Protocol):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ftray import config
+from ftray.cli.data import sample_rows as shown
 from ftray.config import Run
 from ftray.data import sources
 from ftray.data.describe import sample_rows
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 PAIR = {"name": "prompt_completion", "prompt": "{prompt}\n", "completion": "{completion}"}
 
 
-def make_run(tmp_path, sources_, **data) -> Run:
+def make_run(tmp_path, sources_, objective="sft", **data) -> Run:
     sources_ = sources_ if isinstance(sources_, list) else [sources_]
     return Run.model_validate(
         {
@@ -33,6 +34,7 @@ def make_run(tmp_path, sources_, **data) -> Run:
             "model": {"path": "embedded"},
             "method": {"name": "lora"},
             "train": {"steps": 1},
+            "objective": objective,
             "data": {"max_length": 64, "sources": sources_} | data,
         }
     )
@@ -268,6 +270,56 @@ def test_too_long_is_refused_or_truncated_and_counted(tmp_path):
     with pytest.raises(DataError) as caught:
         prepare(make_run(tmp_path / "none", source), lambda event: None)
     assert "raise data.max_length (now 64)" in caught.value.hint
+
+
+def test_preferences_are_rows_of_two_sequences(tmp_path):
+    """Each side is what the same text would be as a prompt with a completion; both count against max_length alone."""
+    long = "word " * 200
+    good = [{"prompt": f"ask {i} " * 7, "chosen": f"yes {i}", "rejected": f"no {i} " * 4} for i in range(6)]
+    bad = [
+        {"prompt": "x", "chosen": "same", "rejected": "same"},
+        {"prompt": "x", "chosen": "y"},
+        {"prompt": "x", "chosen": " ", "rejected": "z"},
+        {"prompt": "x", "chosen": "y", "rejected": "\n"},
+        {"prompt": 3, "chosen": "y", "rejected": "z"},
+        {"prompt": "x", "chosen": "y", "rejected": long},
+        {"prompt": long, "chosen": "y", "rejected": "z"},
+    ]
+    source = {"path": write_jsonl(tmp_path / "rows.jsonl", [*good, *bad]), "format": "preference"}
+
+    def run(name, **data):
+        return make_run(tmp_path / name, source, "dpo", max_rejected=9, **data)
+
+    sides = [
+        {"path": write_jsonl(tmp_path / f"{side}.jsonl", [{"p": r["prompt"], "c": r[side]} for r in good])}
+        | {"format": {"name": "prompt_completion", "prompt": "{p}", "completion": "{c}"}}
+        for side in ("chosen", "rejected")
+    ]
+    alone = [prepared(make_run(tmp_path / f"side{i}", side)).train for i, side in enumerate(sides)]
+    data = prepared(run("pairs"))
+    assert len(data.train) == 6
+    for i in range(6):
+        row, (a, b) = data.train[i], (rows[i] for rows in alone)
+        assert row.sequence_lengths.tolist() == [len(a.tokens), len(b.tokens)]
+        assert row.tokens.tolist() == [*a.tokens, *b.tokens]
+        assert row.targets.tolist() == [*a.targets, *b.targets]
+    assert data.train.lengths.max() > 64  # both sides together
+    assert data.facts["rejected_by_reason"] == {
+        "chosen and rejected are the same": 1,
+        "missing column 'rejected'": 1,
+        "empty completion": 2,
+        "column 'prompt' is a number, not text": 1,
+        "too long": 2,
+    }
+    cut = prepared(run("cut", too_long="truncate"))
+    assert len(cut.train) == 7
+    assert cut.facts["rows"]["truncated"] == 1
+    assert cut.facts["rejected_by_reason"]["every target is beyond max_length"] == 1
+    (chosen, parts), (rejected, _) = shown(run("pairs"), data, 1)
+    assert "rows.jsonl:1 · chosen · " in chosen
+    assert "rows.jsonl:1 · rejected · " in rejected
+    assert [target for _, target in parts] == [False, True]
+    assert "yes 0" in parts[1][0]
 
 
 def test_packing_for_good(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ftray import config
 from ftray.data.encode import Encoder, Vocabulary
-from ftray.data.formats import renderer
+from ftray.data.formats import renderer, renderers
 from ftray.data.rows import BadRow
 from ftray.errors import DataError
 
@@ -204,7 +204,10 @@ def test_pairs_in_chat_form(tokenizer):
         renderer(alpaca, vocabulary.chat)({"instruction": "Brie?", "input": "", "output": "Yes."}),
         renderer(alpaca, vocabulary.chat)({"instruction": "Say", "input": "it", "output": "Yes."}),
     ]
-    said = ["Brie?", "Brie?", "Say\n\nit"]
+    preference = config.PreferenceFormat(name="preference", chat=True)
+    row = {"prompt": "Brie?", "chosen": "Yes.", "rejected": "No."}
+    rows.append(renderers(preference, vocabulary.chat)[0](row))
+    said = ["Brie?", "Brie?", "Say\n\nit", "Brie?"]
     for (tokens, targets), prompt in zip(encoder.encode(rows), said, strict=True):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "Yes."}]
         assert (tokens.tolist(), targets.tolist()) == official(tokenizer, "zephyr", messages)

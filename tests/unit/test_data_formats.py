@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from ftray import config
 from ftray.data.describe import pieces
 from ftray.data.encode import Encoder, Vocabulary
-from ftray.data.formats import Template, columns_of, renderer
+from ftray.data.formats import Template, columns_of, renderer, renderers
 from ftray.data.prepared import Row
 from ftray.data.rows import MAX_ROW_BYTES, BadRow
 from ftray.data.tokenizer import load_tokenizer, tokenizer_digest
-from ftray.errors import ConfigError, ModelError
+from ftray.errors import ConfigError, DataError, ModelError
 
 PAIR = config.PromptCompletionFormat(name="prompt_completion", prompt="{q}\n", completion="{a}")
+PREFERENCE = config.PreferenceFormat(name="preference", prompt="q", chosen="good", rejected="bad")
 ALPACA = config.InstructionFormat(name="instruction")
 TEXT = config.TextFormat(name="text", column="body")
 
@@ -141,7 +142,40 @@ def test_rows_that_cannot_be_used(format, row, reason):
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"q": "x", "good": "y", "bad": "y"}, "chosen and rejected are the same"),
+        ({"q": "x", "good": " ", "bad": "y"}, "empty completion"),
+        ({"q": "x", "good": "y", "bad": ""}, "empty completion"),
+        ({"q": "x", "good": "y"}, "missing column 'bad'"),
+        ({"good": "y", "bad": "z"}, "missing column 'q'"),
+        ({"q": "x", "good": "y", "bad": None}, "column 'bad' is null"),
+        ({"q": "x", "good": "y", "bad": [1]}, "column 'bad' is a list, not text"),
+        ({"q": "x", "good": "\ud800", "bad": "z"}, "lone surrogate"),
+    ],
+)
+def test_preferences_that_cannot_be_used(row, reason):
+    with pytest.raises(BadRow) as caught:
+        [render(row) for render in renderers(PREFERENCE, None)]
+    assert caught.value.reason == reason
+
+
+def test_a_preference_is_the_prompt_with_each_completion(encoder):
+    row = {"q": "ask: ", "good": "yes", "bad": "no"}
+    sides = encoder.encode([render(row) for render in renderers(PREFERENCE, None)])
+    plain = config.PromptCompletionFormat(name="prompt_completion", prompt="{q}", completion="{a}")
+    for (tokens, targets), answer in zip(sides, ("yes", "no"), strict=True):
+        expected = one(encoder, plain, {"q": "ask: ", "a": answer})
+        assert tokens.tolist() == expected[0].tolist()
+        assert targets.tolist() == expected[1].tolist()
+    chat = PREFERENCE.model_copy(update={"chat": True})
+    with pytest.raises(DataError, match="needs a chat template"):
+        renderers(chat, None)
+
+
 def test_columns_that_a_format_reads():
+    assert columns_of(PREFERENCE) == ["q", "good", "bad"]
     assert columns_of(PAIR) == ["q", "a"]
     assert columns_of(ALPACA) == ["instruction", "input", "output"]
     assert columns_of(TEXT) == ["body"]

@@ -275,8 +275,8 @@ def test_plots_are_well_formed_for_any_series():
     nothing = np.array([]), np.array([])
     hole = np.array([1, 2, 3]), np.array([1.0, np.nan, 2.0])
     for text in (
-        plots.loss_curves(hole, hole, nothing, None, None),
-        plots.loss_curves(nothing, nothing, (np.array([0]), np.array([2.0])), 2.0, None),
+        plots.loss_curves(hole, hole, nothing, None, None, "pair"),
+        plots.loss_curves(nothing, nothing, (np.array([0]), np.array([2.0])), 2.0, None, "pair"),
         plots.curve("rate", 'a "label" & <more>', hole, "rate"),
         plots.histogram([0, 1], [0], 1),
     ):
@@ -312,3 +312,21 @@ def test_short_numbers(value, shown):
 @pytest.mark.parametrize(("seconds", "shown"), [(3.25, "3.2 s"), (119.6, "2 min 0 s"), (3_660, "1 h 1 min")])
 def test_durations(seconds, shown):
     assert report.duration(seconds) == shown
+
+
+def test_preferences_have_margins_and_no_perplexity(folder):
+    text = (folder / "run.yaml").read_text().replace("name: sft", "name: dpo")
+    (folder / "run.yaml").write_text(text)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("perplexity", None)
+        if line["kind"] in ("step", "evaluation"):
+            line |= {"margin": line["step"] / 8 - 1, "accuracy": 0.75}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Path(write_report(str(folder))).read_text()
+    assert "Perplexity" not in page
+    assert "nats per target token" not in page.lower()
+    assert "nats per pair" in page
+    assert ">Margin</h3>" in page
+    assert ">Accuracy</h3>" in page
+    assert "1.50" in page  # the margin at step 20

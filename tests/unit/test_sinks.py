@@ -230,3 +230,13 @@ def test_wandb_writes_offline(tmp_path, monkeypatch):
 )
 def test_redaction(text, shown):
     assert redact(text) == shown
+
+
+def test_margins_of_preferences_are_shown(tmp_path):
+    evaluation = {"kind": "evaluation", "step": 1, "loss": 0.6, "margin": 0.25, "accuracy": 0.75}
+    told = {"margin": 0.5, "accuracy": 1.0, "chosen_reward": 0.25, "rejected_reward": -0.25}
+    _feed(_run(tensorboard=True), tmp_path, [_step(1, **told), evaluation])
+    for name, value in told.items():
+        assert _scalars(tmp_path, f"train/{name}") == [(1, value)]
+    assert _scalars(tmp_path, "held_out/margin") == [(1, 0.25)]
+    assert _scalars(tmp_path, "held_out/accuracy") == [(1, 0.75)]

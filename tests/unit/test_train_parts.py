@@ -14,7 +14,7 @@ from ftray.model.adapters import targets
 from ftray.model.attention import Packed, packed_attention
 from ftray.train import commits, loss
 from ftray.train.commits import Commit, Progress, State, to_keep
-from ftray.train.loss import _ChunkedCrossEntropy, _Head
+from ftray.train.loss import Head, _ChunkedCrossEntropy
 from ftray.train.schedule import rate_factor, warmup_steps
 
 
@@ -25,7 +25,8 @@ class _Config:
 @pytest.mark.parametrize("count", [0, 1, 7, 64])
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize("cap", [None, 5.0])
-def test_chunked_loss_equals_cross_entropy(monkeypatch, count, trained_head, cap):
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_chunked_loss_equals_cross_entropy(monkeypatch, count, trained_head, cap, smoothing):
     monkeypatch.setattr(loss, "LOSS_CHUNK_TOKENS", 5)
     torch.manual_seed(0)
     head = nn.Linear(16, 100, bias=True).requires_grad_(trained_head)
@@ -33,11 +34,11 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, count, trained_head, cap
     config.final_logit_softcapping = cap
     hidden, labels = torch.randn(count, 16, requires_grad=True), torch.randint(100, (count,))
     parameters = [p for p in head.parameters() if p.requires_grad]
-    mine = _ChunkedCrossEntropy.apply(hidden, labels, _Head(head, config), *parameters)
+    mine = _ChunkedCrossEntropy.apply(hidden, labels, Head(head, config), smoothing, *parameters)
     grads = torch.autograd.grad(mine * 0.5, [hidden, *parameters])
     logits = head(hidden)
     logits = torch.tanh(logits / cap) * cap if cap else logits
-    theirs = F.cross_entropy(logits, labels, reduction="sum")
+    theirs = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     torch.testing.assert_close(mine, theirs)
     for a, b in zip(grads, torch.autograd.grad(theirs * 0.5, [hidden, *parameters]), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -52,7 +53,7 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
     hidden = torch.randn(100, 16, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        total = _ChunkedCrossEntropy.apply(hidden, torch.randint(1000, (100,)), _Head(head, _Config()))
+        total = _ChunkedCrossEntropy.apply(hidden, torch.randint(1000, (100,)), Head(head, _Config()), 0.0)
     assert max(sizes) == 8
     assert max([*saved, 0]) < 100 * 1000
     total.backward()
