@@ -178,7 +178,6 @@ def test_bf16_weights_come_back(tmp_path):
     assert changed < 0.5 * sum(value.numel() for value in before.values())
     drift = torch.cat([(after[name].float() - before[name].float()).flatten() for name in before])
     scale = torch.cat([value.float().flatten() for value in before.values()])
-    print(changed / scale.numel(), float(drift.std() / scale.std()))
     assert drift.std() < 2e-3 * scale.std()
 
 
@@ -259,7 +258,6 @@ def test_memory_is_that_of_inference():
     done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     model, inference, tuning, gradients = map(int, done.stdout.split("BYTES")[1].split())
-    print(*(round(n / 1e6, 1) for n in (model, inference, tuning, gradients)))
     assert 50e6 < model < inference
     assert tuning < 1.1 * inference
     assert gradients > 1.5 * inference
