@@ -40,7 +40,8 @@ def micro_batch_tokens(run: Run) -> int:
     tokens that go through every layer are among them."""
     rows = min(run.train.micro_batch_rows, -(-run.train.batch_rows // run.workers.count))
     virtual = run.method.tokens if isinstance(run.method, Prompt | PTuning) else 0
-    return rows * (run.data.max_length + virtual)
+    sequences = 2 if run.objective.name == "dpo" else 1  # a pair is one row
+    return rows * sequences * (run.data.max_length + virtual)
 
 
 def layers_with_gradients(run: Run, shapes: Shapes) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ftray.config import Freeze, Full, Run, Strategy
+from ftray.config import DPO, Freeze, Full, Run, Strategy
 from ftray.model.activations import COMPUTE_BYTES, micro_batch_tokens, saved_bytes, working_bytes
 from ftray.model.counts import targeted, trained_tensors
 from ftray.model.shapes import Shapes
@@ -136,9 +136,9 @@ def _items(run: Run, shapes: Shapes, tensors: list[int]) -> Iterator[Item]:
     if isinstance(method, Full) or (isinstance(method, Freeze) and (method.head or method.embeddings)):
         head = shapes.head.weights
         yield Item("gradient of the head, a chunk's and the sum", 2 * 4 * head, f"2 × {head:,} × 4 B")
-    if run.objective.name == "dpo" and not method.frozen_base and not run.objective.reference_free:  # type: ignore[union-attr]
+    if isinstance(run.objective, DPO) and not method.frozen_base and not run.objective.reference_free:
         each = COMPUTE_BYTES[run.train.precision]
-        yield Item("frozen reference", each * shapes.parameters, f"{shapes.parameters:,} parameters × {each} B")
+        yield Item("frozen reference", each * trained, f"{trained:,} trained parameters × {each} B")
 
 
 def _buffers(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iterator[Item]:

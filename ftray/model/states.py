@@ -66,7 +66,8 @@ def _whole(run: Run, shapes: Shapes, tensors: Sequence[int]) -> Iterator[Item]:
     if mezo:
         return
     yield Item("gradients", 4 * trained, f"{trained:,} × 4 B (fp32)")
-    size = optimizer_bytes(tensors, run.train.optimizer)
+    still = run.train.optimizer == "sgd" and run.train.momentum == 0
+    size = 0 if still else optimizer_bytes(tensors, run.train.optimizer)
     paged = run.train.optimizer.startswith("paged")
     how = f"{run.train.optimizer}: {size / trained:.2f} B a trained parameter" + (", may move to the host" * paged)
     yield Item("optimizer states", size, how, pageable=paged)
