@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from ftray.config import Train
 from ftray.errors import ArtefactError
+from ftray.model.load import shape
 
 
 def build_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     """The optimizer of `train.optimizer` over what requires gradients: matrices decay, all else does not."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, rest = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    matrices, rest = [p for p in trained if len(shape(p)) >= 2], [p for p in trained if len(shape(p)) < 2]
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}

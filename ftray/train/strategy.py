@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ftray.config import Run
+from ftray.model.load import largest_parameter
 from ftray.model.methods import load_trained_state, trained_state
 from ftray.train.batch import Batch
 from ftray.train.commits import Commit, State
@@ -41,12 +43,44 @@ class Strategy(Protocol):
         ...
 
     def state(self) -> State | None:
-        """What a commit holds of the weights and the optimizer: rank 0's; None on other workers."""
+        """What a commit holds of the weights and the optimizer. Rank 0 writes it; a worker that has one too passes
+        through it meanwhile, because its tensors are gathered from all."""
         ...
 
     def load(self, commit: Commit) -> None:
         """Put back what `state` gave."""
         ...
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters that are not trained, whole, one at a time."""
+        ...
+
+    def held(self) -> dict[str, int]:
+        """Bytes of this worker's tensors by what they are for, in the middle of a step: after `gradients`."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended."""
+        ...
+
+
+def choose(run: Run, model: nn.Module, objective: nn.Module, world: World) -> Strategy:
+    """The strategy of `run`. ZeRO 0 divides nothing, which is what DataParallel does."""
+    if run.strategy is None or run.strategy.zero == 0:
+        return DataParallel(run, model, objective, world)
+    from ftray.train.zero import Zero
+
+    return Zero(run, model, objective, world)
+
+
+def divided_weights(run: Run, world: World) -> Any:
+    """DeepSpeed's configuration where the model must be created divided (ZeRO 3), else None."""
+    if run.strategy is None or run.strategy.zero < 3:
+        return None
+    from ftray.train.zero import configuration, prepare
+
+    prepare(run, world)
+    return configuration(run, world, largest_parameter(run), 1)
 
 
 class DataParallel:
@@ -87,11 +121,49 @@ class DataParallel:
     def state(self) -> State | None:
         if not self.world.is_first:
             return None
-        return State(trained_state(self.model), *optimizer_state(self.optimizer))
+        tensors, plain = optimizer_state(self.optimizer)
+        names = self._names_by_index()
+        return State(trained_state(self.model), _renamed(tensors, names), _renamed(plain, names))
 
     def load(self, commit: Commit) -> None:
         load_trained_state(self.model, commit.state.model)
-        load_optimizer_state(self.optimizer, commit.state.optimizer, commit.state.plain)
+        indices = {name: index for index, name in self._names_by_index().items()}
+        tensors, plain = dict(commit.state.optimizer), commit.state.plain
+        load_optimizer_state(self.optimizer, _renamed(tensors, indices), _renamed(plain, indices))
+
+    def _names_by_index(self) -> dict[str, str]:
+        """The name of each parameter by its number in the optimizer."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        return {str(index): names[p] for index, p in enumerate(parameters)}
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p.detach()) for name, p in self.model.named_parameters() if not p.requires_grad)
+
+    def held(self) -> dict[str, int]:
+        parts: dict[str, list[Tensor]] = {
+            "weights": list(self.model.parameters()),
+            "masters": [],
+            "states": [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)],
+            "gradients": [p.grad for p in self.trained if p.grad is not None],
+        }
+        return {name: sum(t.nbytes for t in tensors) for name, tensors in parts.items()} | {"buffers": 0, "nvme": 0}
+
+    def close(self) -> None:
+        pass
+
+
+def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """`state` with the first part of each path renamed, in what refers to another path too."""
+
+    def rename(path: str) -> str:
+        first, *rest = path.split("/", 1)
+        return "/".join([names.get(first, first), *rest])
+
+    return {
+        rename(path): {key: rename(other) for key, other in value.items()} if isinstance(value, dict) else value
+        for path, value in state.items()
+    }
 
 
 def autocast(precision: str, world: World) -> torch.autocast:
