@@ -67,11 +67,11 @@ def write_run(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def train_in_turn(config: dict[str, Any]) -> None:
-    """On each Ray Train worker: the runs of config["files"], one after the other; summaries go to a file."""
+    """On each Ray Train worker: the dumped config["runs"], one after the other; summaries go to a file."""
     import ray.train
     import torch
 
-    from ftray.config import load_run
+    from ftray.config import Run
     from ftray.data.prepared import PreparedData
     from ftray.train.loop import train_worker
     from ftray.train.world import World
@@ -81,11 +81,11 @@ def train_in_turn(config: dict[str, Any]) -> None:
     world = World(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(1)
     summaries = {}
-    for name, file in config["files"].items():
+    for name, run in config["runs"].items():
         channel = Recorder(stop_at=config["stop_at"].get(name))
-        summaries[name] = train_worker(load_run(file), PreparedData.open(config["data"]), world, channel)
+        summaries[name] = train_worker(Run.model_validate(run), PreparedData.open(config["data"]), world, channel)
     if world.is_first:
-        (config["folder"] / "summaries.json").write_text(json.dumps(summaries))
+        Path(config["summaries"]).write_text(json.dumps(summaries))
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:

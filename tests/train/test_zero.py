@@ -27,7 +27,9 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def trained(folder: Path, strategy: str | None, *overrides: str, channel: Recorder | None = None, method="{name: full}"):
+def trained(
+    folder: Path, strategy: str | None, *overrides: str, channel: Recorder | None = None, method="{name: full}"
+):
     channel = channel or Recorder()
     chosen = (f"strategy={{{strategy}}}",) if strategy else ()
     run = toy_run(folder, *FULL, *overrides, *chosen, method=method)
