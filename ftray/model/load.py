@@ -80,7 +80,11 @@ def _load_divided(run: Run, folder: str, config: Any, options: dict[str, Any], d
     import deepspeed
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
-    from transformers.integrations.deepspeed import initialize_weights_zero3, prevent_arange_dtype_change
+    from transformers.integrations.deepspeed import (
+        HfDeepSpeedConfig,
+        initialize_weights_zero3,
+        prevent_arange_dtype_change,
+    )
     from transformers.modeling_utils import set_zero3_state
 
     with (
@@ -92,6 +96,8 @@ def _load_divided(run: Run, folder: str, config: Any, options: dict[str, Any], d
         model = AutoModelForCausalLM.from_config(config, **options)
     model.tie_weights()
     model.config.use_cache = False
+    if run.method.name == "dora":  # PEFT gathers the weights whose norms it takes as long as this lives
+        model.divided = HfDeepSpeedConfig(division)
     if run.model.random_weights:
         torch.manual_seed(run.seed)
         initialize_weights_zero3(model)
