@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from ftray.data.tokenizer import local_model_folder
 from ftray.errors import ModelError
 from ftray.train import loop
 from ftray.train.loop import train_worker
@@ -27,12 +30,10 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def trained(
-    folder: Path, strategy: str | None, *overrides: str, channel: Recorder | None = None, method="{name: full}"
-):
+def trained(folder: Path, strategy: str | None, *overrides: str, channel: Recorder | None = None, method: str = "full"):
     channel = channel or Recorder()
     chosen = (f"strategy={{{strategy}}}",) if strategy else ()
-    run = toy_run(folder, *FULL, *overrides, *chosen, method=method)
+    run = toy_run(folder, *FULL, *overrides, *chosen, method=f"{{name: {method}}}")
     summary = train_worker(run, MemoryData(ROWS, ROWS[:5]), World(), channel)  # type: ignore[arg-type]
     return channel, summary
 
@@ -102,16 +103,10 @@ def test_a_step_without_a_finite_loss_changes_nothing(tmp_path, monkeypatch, str
     _, summary = trained(tmp_path, strategy, *overrides)
     assert summary["skipped_steps"] == 1
     states = [state(tmp_path, step) for step in range(1, 7)]
-    assert [same(a, b) for a, b in zip(states, states[1:], strict=False)].count(True) == 1
+    assert [same(a, b) for a, b in itertools.pairwise(states)].count(True) == 1
 
 
 def test_a_folder_without_all_weights_is_refused_when_created_divided(tmp_path):
-    import shutil
-
-    from safetensors.torch import save_file
-
-    from ftray.data.tokenizer import local_model_folder
-
     base = tmp_path / "base"
     shutil.copytree(local_model_folder(toy_run(tmp_path).model), base)
     weights = load_file(base / "model.safetensors")
@@ -131,3 +126,14 @@ def test_fresh_weights_are_drawn_as_without_zero(tmp_path):
     for key in plain:
         assert float(divided[key].std()) == pytest.approx(float(plain[key].std()), rel=0.05, abs=1e-6)
         assert float(divided[key].mean()) == pytest.approx(float(plain[key].mean()), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_adapters_on_a_divided_base_give_the_losses_without_zero(tmp_path, method):
+    overrides = ("train.learning_rate=2e-3", "train.gradient_checkpointing=true")
+    plain, _ = trained(tmp_path / "plain", None, *overrides, method=method)
+    divided, _ = trained(tmp_path / "zero", "zero: 3", *overrides, method=method)
+    assert worst(divided.losses, plain.losses) < 1e-4
+    a, b = (load_file(tmp_path / name / "artefact/adapter_model.safetensors") for name in ("plain", "zero"))
+    assert a.keys() == b.keys()
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-3
