@@ -62,7 +62,8 @@ def _folder(name: str) -> Path:
 
 
 def _refuse_without_tools(names: list[str]) -> None:
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's ninja
+    if not shutil.which("ninja"):  # pip's lies beside Python, where a shell may not look
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     absent = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if not shutil.which(tool)]
     if "async_io" in names:
         from deepspeed.ops.op_builder import AsyncIOBuilder

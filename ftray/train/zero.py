@@ -303,7 +303,10 @@ class Zero:
         return sizes | {"nvme": _nvme_bytes(self.run, self.world)}
 
     def close(self) -> None:
-        """Remove what lies on NVMe."""
+        """Remove what lies on NVMe, and what PEFT was told of ZeRO 3."""
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
         if self.run.strategy and self.run.strategy.nvme_path:
             self.world.barrier()
             shutil.rmtree(nvme_folder(self.run), ignore_errors=True)
