@@ -22,19 +22,22 @@ from ftray.model.shapes import Linear
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[str]]:
+def load_base(
+    run: Run, device: torch.device | str = "cpu", division: dict[str, Any] | None = None
+) -> tuple[Any, list[str]]:
     """(the base on `device`, names of the linear layers that had to stay unquantized)
 
     Trained from scratch (`model.random_weights`), weights are drawn from the run's seed. Full tuning holds weights in
     fp32, but for MeZO, which must not hold more than inference does; otherwise the frozen base takes
+    `train.precision`. With `division`, DeepSpeed's configuration of ZeRO 3, the base is created divided, in
     `train.precision`. Raises ModelError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
     folder = local_model_folder(run.model)
-    whole = run.method.name == "full" and run.train.optimizer != "mezo"
-    dtype = torch.float32 if whole else DTYPES[run.train.precision]
+    whole_in_fp32 = run.method.name == "full" and run.train.optimizer != "mezo" and division is None
+    dtype = torch.float32 if whole_in_fp32 else DTYPES[run.train.precision]
     options: dict[str, Any] = {
         "trust_remote_code": run.model.trust_remote_code,
         "attn_implementation": attention.IMPLEMENTATION,
@@ -50,6 +53,8 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
             where=f"{folder}/config.json",
             hint="take a base without it, such as Gemma 3, Llama, Mistral or Qwen",
         )
+    if division is not None:
+        return _load_divided(run, folder, config, options, division), []
     if run.model.random_weights:
         torch.manual_seed(run.seed)
         return AutoModelForCausalLM.from_config(config, **options).to(device), []
@@ -65,15 +70,103 @@ def load_base(run: Run, device: torch.device | str = "cpu") -> tuple[Any, list[s
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights cannot be loaded: {_first_line(error)}", where=folder) from None
     model, report = loaded
-    missing = sorted(report["missing_keys"])
+    _refuse_missing(sorted(report["missing_keys"]), folder)
+    model.config.use_cache = False
+    return model, unquantized
+
+
+def _load_divided(run: Run, folder: str, config: Any, options: dict[str, Any], division: dict[str, Any]) -> Any:
+    """A base whose parameters are divided among the workers from the moment each is made (deepspeed.zero.Init). Rank 0
+    reads its weights, one at a time."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.deepspeed import (
+        HfDeepSpeedConfig,
+        initialize_weights_zero3,
+        prevent_arange_dtype_change,
+    )
+    from transformers.modeling_utils import set_zero3_state
+
+    with (
+        no_init_weights(),
+        prevent_arange_dtype_change(),
+        deepspeed.zero.Init(config_dict_or_path=division),
+        set_zero3_state(),
+    ):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.tie_weights()
+    model.config.use_cache = False
+    if run.method.name == "dora":  # PEFT gathers the weights whose norms it takes as long as this lives
+        model.divided = HfDeepSpeedConfig(division)
+    if run.model.random_weights:
+        torch.manual_seed(run.seed)
+        initialize_weights_zero3(model)
+    else:
+        _fill(model, folder)
+    return model
+
+
+def _fill(model: Any, folder: str) -> None:
+    """Weights from the safetensors files of `folder` into a divided model. Raises ModelError, on every worker alike."""
+    from deepspeed import zero
+    from safetensors import SafetensorError, safe_open
+
+    files: dict[str, Any] = {}
+    try:
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            file = safe_open(path, "pt")
+            files |= dict.fromkeys(file.keys(), file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the weights cannot be loaded: {_first_line(error)}", where=folder) from None
+    stem = f"{model.base_model_prefix}."  # a base saved without its head has keys without it
+    keys: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        key = name if name in files else name.removeprefix(stem)
+        if key not in files:
+            continue
+        found = tuple(files[key].get_slice(key).get_shape())
+        if found != tuple(shape(parameter)):
+            raise ModelError(f"{key} is {found} in the files and {tuple(shape(parameter))} in the model", where=folder)
+        keys[name] = key
+    _refuse_missing([name for name, _ in model.named_parameters() if name not in keys], folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            with zero.GatheredParameters([parameter], modifier_rank=0):
+                if torch.distributed.get_rank() == 0:
+                    parameter.copy_(files[keys[name]].get_tensor(keys[name]))
+        for name, buffer in model.named_buffers():
+            if name in files:
+                buffer.copy_(files[name].get_tensor(name))
+
+
+def _refuse_missing(missing: list[str], folder: str) -> None:
     if missing:
         raise ModelError(
             f"{len(missing)} weights are missing, first {missing[:3]}: transformers would fill them with noise",
             where=folder,
             hint="use a complete folder, or model.random_weights: true to train from scratch",
         )
-    model.config.use_cache = False
-    return model, unquantized
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, also where ZeRO 3 has left this worker a part of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, also where ZeRO 3 has left this worker a part of it."""
+    return shape(parameter).numel()
+
+
+def largest_parameter(run: Run) -> int:
+    """Elements of the base's largest parameter. Builds the model without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(local_model_folder(run.model), trust_remote_code=run.model.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=run.model.trust_remote_code)
+    return max(p.numel() for p in model.parameters())
 
 
 def _nf4(run: Run, skip: list[str]):

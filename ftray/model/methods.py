@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,18 +65,22 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state | budget.state() if budget else state
 
 
-def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def load_trained_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Put back what `trained_state` gave. Raises ModelError unless the keys and shapes are exactly those."""
     if budget := rank_budget(model):
-        state = budget.load(state)
+        state = budget.load(dict(state))
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if own.keys() != state.keys():
-        odd = sorted(own.keys() ^ state.keys())[:3]
-        raise ModelError(f"the commit holds other parameters than this run trains, for example {odd}")
+    check_same(state, {name: p.shape for name, p in own.items()})
     with torch.no_grad():
         for name, parameter in own.items():
-            if parameter.shape != state[name].shape:
-                raise ModelError(
-                    f"{name} is {tuple(parameter.shape)} here and {tuple(state[name].shape)} in the commit"
-                )
             parameter.copy_(state[name])
+
+
+def check_same(state: Mapping[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raises ModelError unless the names and shapes of a commit's parameters are exactly `shapes`."""
+    if shapes.keys() != state.keys():
+        odd = sorted(shapes.keys() ^ state.keys())[:3]
+        raise ModelError(f"the commit holds other parameters than this run trains, for example {odd}")
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise ModelError(f"{name} is {tuple(shape)} here and {tuple(state[name].shape)} in the commit")

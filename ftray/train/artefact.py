@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import uuid
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftray import __version__
 from ftray.config import AdaLoRA, Bottleneck, Run
@@ -21,20 +25,30 @@ from ftray.errors import ArtefactError
 from ftray.manifest import describe_files, filesystem, is_local, join
 from ftray.model import bottleneck
 from ftray.model.load import DTYPES, base_digest
+from ftray.model.methods import load_trained_state
 from ftray.redact import redact_values
 from ftray.train.card import model_card
+from ftray.train.commits import write_shards
 
 FACTS = "ftray.json"
 
 
-def write_artefact(run: Run, model: Any, data: PreparedData, summary: dict[str, Any]) -> str:
-    """Write RUN/artefact whole and return its path; an older one is replaced. Raises ArtefactError if what was
-    trained is empty or not finite."""
-    _check(model)
+def write_artefact(
+    run: Run,
+    model: Any,
+    trained: Mapping[str, Tensor],
+    frozen: Iterable[tuple[str, Tensor]],
+    data: PreparedData,
+    summary: dict[str, Any],
+) -> str:
+    """Write RUN/artefact whole and return its path; an older one is replaced. `trained` is a commit's parameters,
+    `frozen` the others of a model that is saved whole. Raises ArtefactError if what was trained is empty or not
+    finite."""
+    _check(trained)
     target = join(run.folder, "artefact")
     with tempfile.TemporaryDirectory(prefix="ftray-artefact-") as temporary:
         stage = Path(temporary)
-        _save(run, model, stage)
+        _save(run, model, trained, frozen, stage)
         (stage / "README.md").write_text(model_card(run, summary, data.facts), encoding="utf-8")
         facts = artefact_facts(run, data, summary) | {"files": describe_files(stage)}
         (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -42,34 +56,72 @@ def write_artefact(run: Run, model: Any, data: PreparedData, summary: dict[str, 
     return target
 
 
-def _check(model: Any) -> None:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trained or any(p.numel() == 0 for _, p in trained):
-        raise ArtefactError("nothing was trained, or it is empty on this worker; no artefact was written")
-    for name, p in trained:
-        if not torch.isfinite(p).all():
+def pass_frozen(run: Run, frozen: Iterable[tuple[str, Tensor]]) -> None:
+    """What the other workers do while rank 0 writes the artefact: under ZeRO 3 they take part in gathering."""
+    for _ in frozen if not run.method.frozen_base else ():
+        pass
+
+
+def _check(trained: Mapping[str, Tensor]) -> None:
+    if not trained:
+        raise ArtefactError("nothing was trained; no artefact was written")
+    for name, tensor in trained.items():
+        if tensor.numel() == 0:
+            raise ArtefactError(f"{name} is empty; no artefact was written")
+        if not torch.isfinite(tensor).all():
             raise ArtefactError(f"{name} holds values that are not finite; no artefact was written")
 
 
-def _save(run: Run, model: Any, stage: Path) -> None:
-    if not run.method.frozen_base:
-        kept = {p: p.data for p in model.parameters()}
-        try:
-            model.to(DTYPES[run.train.precision])
-            model.config.use_cache = True
-            model.save_pretrained(stage)
-        finally:
-            for p, data in kept.items():
-                p.data = data
-        load_tokenizer(run.model, run.data.chat_template).save_pretrained(stage)
-    elif isinstance(run.method, Bottleneck):
-        bottleneck.save(model, run.method, run.model, stage)
-    else:
+def _save(
+    run: Run, model: Any, trained: Mapping[str, Tensor], frozen: Iterable[tuple[str, Tensor]], stage: Path
+) -> None:
+    if run.method.frozen_base:
+        divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # ZeRO 3
+        if not divided:
+            load_trained_state(model, trained)
+        if isinstance(run.method, Bottleneck):
+            bottleneck.save(model, run.method, run.model, stage)
+            return
         with warnings.catch_warnings():
             if isinstance(run.method, AdaLoRA):  # PEFT takes a layer without any rank left for one that ZeRO emptied
                 warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")
-            model.save_pretrained(stage, save_embedding_layers=False)  # else PEFT asks a hub about the base
+            state = dict(trained) if divided else None
+            model.save_pretrained(stage, state_dict=state, save_embedding_layers=False)  # else PEFT asks a hub about it
         (stage / "README.md").unlink(missing_ok=True)  # PEFT's; ours follows
+    else:
+        _save_model(model, DTYPES[run.train.precision], itertools.chain(trained.items(), frozen), stage)
+        load_tokenizer(run.model, run.data.chat_template).save_pretrained(stage)
+
+
+def _save_model(model: Any, dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]], stage: Path) -> None:
+    """A folder as of `save_pretrained`, written a tensor at a time: a whole model may not fit one process."""
+    buffers = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = ((name, buffer) for name, buffer in model.named_buffers() if name in buffers)
+    whole = ((name, t.to(dtype) if t.is_floating_point() else t) for name, t in itertools.chain(tensors, kept))
+    sizes: dict[str, int] = {}
+
+    def counted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in whole:
+            sizes[name] = tensor.nbytes
+            yield name, tensor
+
+    part = "model-{:05}.safetensors"
+    numbers = write_shards(counted(), lambda n: stage / part.format(n))
+    count = max(numbers.values())
+    names = {n: f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)}
+    if count == 1:
+        names = {1: "model.safetensors"}
+    for n, name in names.items():
+        (stage / part.format(n)).rename(stage / name)
+    if count > 1:
+        places = {name: names[n] for name, n in numbers.items()}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (stage / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype, config.use_cache = [type(model).__name__], dtype, True
+    config.save_pretrained(stage)
+    if model.can_generate():
+        model.generation_config.save_pretrained(stage)
 
 
 def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     RUN/commits/step-00000200/  model.safetensors  optimizer.safetensors  state.json  manifest.json
 
+What is large goes on in model-2.safetensors and so on, a GiB each, so that it is written and read a tensor at a time.
 No file of it is pickled. On a local disk the whole folder appears by one rename; on an object store the manifest is
 written last.
 """
@@ -14,13 +15,13 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ftray.errors import ArtefactError
@@ -57,16 +58,40 @@ class Progress:
     """Why the run ended, once it has."""
 
 
+class Lazy(Mapping[str, Tensor]):
+    """Tensors that are made, or read, when they are asked for."""
+
+    def __init__(self, names: Iterable[str], get: Callable[[str], Tensor]) -> None:
+        self._names, self._get = dict.fromkeys(names), get
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass
 class State:
-    """What a strategy must have again to go on."""
+    """What a strategy must have again to go on. Either mapping may be lazy."""
 
-    model: dict[str, Tensor]
+    model: Mapping[str, Tensor]
     """Trained parameters by name."""
-    optimizer: dict[str, Tensor]
-    """Tensors of the optimizer's state by path."""
+    optimizer: Mapping[str, Tensor]
+    """Tensors of the optimizer's state by path: the parameter's name, `/`, the state's."""
     plain: dict[str, Any] = field(default_factory=dict)
     """Everything else: numbers, words, None."""
+
+    def pass_through(self) -> None:
+        """Ask for each tensor as a writer does: what a worker that does not write does for the one that gathers."""
+        for tensors in (self.model, self.optimizer):
+            for _ in tensors.values():
+                pass
 
 
 @dataclass
@@ -75,6 +100,8 @@ class Commit:
     state: State
     identity: dict[str, Any] = field(default_factory=dict)
     """What must not change between a run's parts; see `ftray.train.identity`."""
+    copy: tempfile.TemporaryDirectory[str] | None = None
+    """Holds what was fetched from an object store, as long as the commit is held."""
 
 
 def name_of(step: int) -> str:
@@ -114,10 +141,46 @@ def write(folder: str, commit: Commit) -> str:
 
 def _write_files(stage: Path, commit: Commit) -> None:
     stage.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in commit.state.model.items()}, stage / "model.safetensors")
-    save_file(commit.state.optimizer, stage / "optimizer.safetensors")
+    write_shards(commit.state.model.items(), lambda n: stage / f"model{f'-{n}' if n > 1 else ''}.safetensors")
+    write_shards(commit.state.optimizer.items(), lambda n: stage / f"optimizer{f'-{n}' if n > 1 else ''}.safetensors")
     state = {"progress": asdict(commit.progress), "optimizer": commit.state.plain, "identity": commit.identity}
     (stage / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def write_shards(tensors: Iterable[tuple[str, Tensor]], file: Callable[[int], Path]) -> dict[str, int]:
+    """Write `tensors` to file(1), file(2), … of about a GiB each, holding one of them at a time; there is always a
+    first. Returns the file's number of each name."""
+    numbers: dict[str, int] = {}
+    shard: dict[str, Tensor] = {}
+    number, size = 1, 0
+    for name, tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            save_file(shard, file(number), metadata={"format": "pt"})
+            shard, number, size = {}, number + 1, 0
+        shard[name] = tensor
+        numbers[name] = number
+        size += tensor.nbytes
+    save_file(shard, file(number), metadata={"format": "pt"})
+    return numbers
+
+
+SHARD_BYTES = 1 << 30
+"""A file of tensors is at most this large, unless one tensor alone is larger."""
+
+
+def read_shards(files: Iterable[Path]) -> Mapping[str, Tensor]:
+    """The tensors of safetensors files, each read when it is asked for. Raises SafetensorError, OSError."""
+    where: dict[str, Path] = {}
+    for path in sorted(files):
+        with safe_open(path, "pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+
+    def get(name: str) -> Tensor:
+        with safe_open(where[name], "pt") as file:
+            return file.get_tensor(name)
+
+    return Lazy(where, get)
 
 
 def _sync(folder: Path) -> None:
@@ -174,28 +237,29 @@ def newest_identity(folder: str) -> dict[str, Any] | None:
 
 
 def read(where: str) -> Commit:
-    """A verified commit. Raises ArtefactError."""
-    verify(where)
+    """A verified commit, its tensors still in their files. Raises ArtefactError."""
+    files = verify(where)["files"]
     fs, path = filesystem(where)
-    with tempfile.TemporaryDirectory(prefix="ftray-commit-") as temporary:
-        root = Path(path)
-        if not is_local(where):
-            root = Path(temporary)
-            for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-                fs.get_file(f"{path}/{name}", str(root / name))
-        try:
-            state = json.loads((root / "state.json").read_text())
-            return Commit(
-                progress=Progress(**state["progress"]),
-                state=State(
-                    model=load_file(root / "model.safetensors"),
-                    optimizer=load_file(root / "optimizer.safetensors"),
-                    plain=state["optimizer"],
-                ),
-                identity=state["identity"],
-            )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"it verifies but cannot be read: {error}", where=where) from None
+    root, copy = Path(path), None
+    if not is_local(where):
+        copy = tempfile.TemporaryDirectory(prefix="ftray-commit-")
+        root = Path(copy.name)
+        for name in files:
+            fs.get_file(f"{path}/{name}", str(root / name))
+    try:
+        state = json.loads((root / "state.json").read_text())
+        return Commit(
+            progress=Progress(**state["progress"]),
+            state=State(
+                model=read_shards(root.glob("model*.safetensors")),
+                optimizer=read_shards(root.glob("optimizer*.safetensors")),
+                plain=state["optimizer"],
+            ),
+            identity=state["identity"],
+            copy=copy,
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"it verifies but cannot be read: {error}", where=where) from None
 
 
 def to_keep(steps: Iterable[int], *, keep_last: int, best: int | None) -> set[int]:

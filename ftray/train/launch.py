@@ -22,7 +22,7 @@ from ftray.data.prepare import make_plan, prepare
 from ftray.errors import FtrayError, RunError, RunStopped
 from ftray.manifest import join, write_text
 from ftray.session import ray_session, stand_aside
-from ftray.train import commits
+from ftray.train import commits, native
 from ftray.train.identity import identity, refuse_other_run
 
 Emit = Callable[[dict[str, Any]], None]
@@ -46,6 +46,7 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())
         data_uri = prepare(run, _until(stop, on_event, run.folder))
+        _compile_on_nodes(run, on_event)
         _until(stop, on_event, run.folder)({"kind": "status", "text": f"starting {workers_in_words(run)}"})
         with _tracked(run, on_event) as tracked:
             summary = _fit(run, data_uri, tracked, stop, verbose)
@@ -80,6 +81,38 @@ def workers_in_words(run: Run) -> str:
 def local_cpus(run: Run) -> int:
     """Logical CPUs of a local Ray: this machine's, or more if the workers need a place each."""
     return max(os.cpu_count() or 1, run.workers.count)
+
+
+def _compile_on_nodes(run: Run, on_event: Emit) -> None:
+    """Compile what offload needs of DeepSpeed, once on each machine, before workers wait for it. Raises RunError."""
+    names = native.parts(run)
+    if not names:
+        return
+    import ray
+    from ray.exceptions import RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+    if gpus_of_a_worker(run):
+        gpu_nodes = {node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU")}
+        here = [place for place in here if place.node_id in gpu_nodes]
+
+    def on_each(function: Callable[[list[str]], Any]) -> list[Any]:
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+        return ray.get([task.options(scheduling_strategy=place).remote(names) for place in here])
+
+    if any(on_each(native.missing)):
+        on_event({"kind": "status", "text": _COMPILING[names[-1]]})
+        try:
+            on_each(native.compile_parts)
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, FtrayError) else error from None
+
+
+_COMPILING = {
+    "cpu_adam": "compiling DeepSpeed's CPU Adam, about 90 s, once a machine",
+    "async_io": "compiling DeepSpeed's CPU Adam and NVMe access, about 5 minutes, once a machine",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
@@ -127,9 +160,7 @@ def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
     import ray
 
     cluster = ray.cluster_resources()
-    gpus = run.workers.gpus
-    if gpus == "auto":
-        gpus = 1 if cluster.get("GPU", 0) else 0
+    gpus = gpus_of_a_worker(run)
     cpus = run.workers.cpus
     if cpus is None:
         one_machine = len([n for n in ray.nodes() if n["Alive"]]) == 1
@@ -145,6 +176,14 @@ def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
                 hint="lower workers.count, or what each worker asks for",
             )
     return resources, gpus > 0
+
+
+def gpus_of_a_worker(run: Run) -> float:
+    import ray
+
+    if run.workers.gpus == "auto":
+        return 1 if ray.cluster_resources().get("GPU", 0) else 0
+    return run.workers.gpus
 
 
 def _worker_main(config: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ftray.config import Run
@@ -25,20 +24,19 @@ from ftray.data.order import Order, assign
 from ftray.data.prepared import PreparedData, Rows
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import RunError
-from ftray.model.load import evaluating, load_base
-from ftray.model.methods import attach, load_trained_state
+from ftray.model.load import elements, evaluating, load_base
+from ftray.model.methods import attach
 from ftray.train import commits
-from ftray.train.artefact import write_artefact
+from ftray.train.artefact import pass_frozen, write_artefact
 from ftray.train.commits import Commit, Progress
 from ftray.train.dpo import PreferenceLoss
 from ftray.train.feed import Feed, StepRows
 from ftray.train.identity import identity, refuse_other_run
 from ftray.train.loss import TargetLoss
 from ftray.train.metrics import MetricsLog
-from ftray.train.mezo import MeZO
 from ftray.train.schedule import rate_factor
 from ftray.train.seeds import mix
-from ftray.train.strategy import DataParallel, Strategy
+from ftray.train.strategy import Strategy, choose, divided_weights
 from ftray.train.world import World
 
 
@@ -75,7 +73,7 @@ class _Worker:
 
     def _build(self) -> None:
         run, world, rows = self.run, self.world, self.data.train
-        base, self.unquantized = load_base(run, world.device)
+        base, self.unquantized = load_base(run, world.device, divided_weights(run, world))
         self.order = Order(run.seed, rows.sizes, rows.weights)
         self.steps = run.total_steps(self.order.rows_per_epoch)
         self.model = attach(base, run, self.steps).train()  # transformers loads in evaluation mode
@@ -86,11 +84,8 @@ class _Worker:
             if run.objective.name == "dpo"
             else TargetLoss(self.model, run.train.label_smoothing, run.train.neftune)
         )
-        self.strategy: Strategy = (
-            MeZO(run, self.model, self.objective, world)
-            if run.train.optimizer == "mezo"
-            else DataParallel(run, self.model, self.objective, world)
-        )
+        self.strategy: Strategy = choose(run, self.model, self.objective, world)
+        self.state_memory: dict[str, int] = {}
         self.feed = Feed(
             rows,
             self.order,
@@ -160,6 +155,8 @@ class _Worker:
         seeds = [mix(run.seed, progress.step, self.world.rank, i) for i in range(len(rows.micro_batches))]
         sums = self.strategy.gradients(rows.micro_batches, rows.divisor, seeds)
         losses = torch.stack(sums).tolist()
+        if not self.state_memory:
+            self.state_memory = self.strategy.held()  # in the middle of a step: gradients and all
         wish = float(self.channel.stop_requested())
         loss_sum, stop, *taken = self.world.sum(sum(losses), wish, *self.objective.take())
         loss = loss_sum / rows.divisor
@@ -198,7 +195,8 @@ class _Worker:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         bad = [ids for ids, value in zip(rows.row_ids, losses, strict=True) if not math.isfinite(value)]
-        names = self.world_gather([self.data.train.provenance(int(i)) for ids in (bad or rows.row_ids) for i in ids])
+        mine = [self.data.train.provenance(int(i)) for ids in (bad or rows.row_ids) for i in ids]
+        names = [name for part in self.world.gather(mine) for name in part]
         reason = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
         self.emit(kind="skip", step=progress.step, rows=names, reason=reason)
         if progress.skipped_in_a_row > self.run.train.max_skipped:
@@ -208,13 +206,6 @@ class _Worker:
                 where=f"step {progress.step}",
                 hint="look at these rows, lower train.learning_rate, raise train.max_skipped; the last commit is whole",
             )
-
-    def world_gather(self, names: list[str]) -> list[str]:
-        if self.world.size == 1:
-            return names
-        gathered: list[Any] = [None] * self.world.size
-        dist.all_gather_object(gathered, names)
-        return [name for part in gathered for name in part]
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -283,7 +274,10 @@ class _Worker:
         """Write a commit, after every worker has come here; then remove those that need not stay."""
         self.world.barrier()
         state = self.strategy.state()
-        if self.world.is_first:
+        if not self.world.is_first:
+            if state:
+                state.pass_through()
+        else:
             assert self.log
             assert state
             self.progress.metrics_bytes = self.log.flush()
@@ -301,18 +295,22 @@ class _Worker:
         progress = self.progress
         reason = progress.finished or "stopped"
         summary = self._summary(reason)
-        if progress.finished and self.world.is_first:
-            step = progress.best_step if self.run.train.keep_best and progress.best_step else progress.step
-            if progress.best_step == 0:
-                self.warn("no evaluation was better than the base's; the artefact is of the last step")
-            if step != progress.step:
-                load_trained_state(self.model, commits.read(commits.place_of(self.run.folder, step)).state.model)
-            summary["artefact_step"] = step
-            summary["artefact"] = write_artefact(self.run, self.model, self.data, summary)
+        if progress.finished:
+            frozen = self.strategy.frozen()
+            if self.world.is_first:
+                step = progress.best_step if self.run.train.keep_best and progress.best_step else progress.step
+                if progress.best_step == 0:
+                    self.warn("no evaluation was better than the base's; the artefact is of the last step")
+                trained = commits.read(commits.place_of(self.run.folder, step)).state.model
+                summary["artefact_step"] = step
+                summary["artefact"] = write_artefact(self.run, self.model, trained, frozen, self.data, summary)
+            else:
+                pass_frozen(self.run, frozen)
         self.emit(kind="end", reason=reason)
         if self.log:
             self.log.close()
         self.world.barrier()
+        self.strategy.close()
         return summary
 
     def _summary(self, reason: str) -> dict[str, Any]:
@@ -339,6 +337,7 @@ class _Worker:
             "target_tokens_per_second": progress.target_tokens / max(progress.train_seconds, 1e-9),
             "skipped_steps": progress.skipped,
             "peak_memory_gib": peak_memory_gib(self.world.device),
+            "state_memory": self.world.gather(self.state_memory),
             "unquantized": self.unquantized,
         }
 
@@ -357,7 +356,7 @@ class _Worker:
 
 def trained_count(model: nn.Module) -> int:
     """Parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(elements(p) for p in model.parameters() if p.requires_grad)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -365,7 +364,7 @@ def parameter_count(model: nn.Module) -> int:
     total = 0
     for p in model.parameters():
         state = getattr(p, "quant_state", None)
-        total += math.prod(state.shape) if state is not None else p.numel()
+        total += math.prod(state.shape) if state is not None else elements(p)
     return total
 
 

@@ -95,7 +95,7 @@ class Head:
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.module(hidden)
+        logits = self.module.forward(hidden)  # without hooks: under ZeRO 3 each worker has chunks of its own number
         if self.scale != 1.0:  # Cohere multiplies, Granite divides
             logits = logits * self.scale
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits

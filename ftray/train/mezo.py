@@ -19,18 +19,18 @@ from ftray.train.batch import Batch
 from ftray.train.commits import Commit, State
 from ftray.train.optimizers import rate_factors
 from ftray.train.seeds import mix
-from ftray.train.strategy import autocast
+from ftray.train.strategy import Replicated, autocast
 from ftray.train.world import World
 
 _PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements of a parameter that are moved at once: what a step needs beside the weights is four times this in fp32."""
 
 
-class MeZO:
+class MeZO(Replicated):
     """A strategy. Between `gradients` and `update` the weights stand at θ - εz."""
 
     def __init__(self, run: Run, model: nn.Module, objective: nn.Module, world: World) -> None:
-        self.model, self.objective, self.world = model, objective, world
+        super().__init__(run, model, objective, world)
         self.seed, self.step, self.train = run.seed, 0, run.train
         factors = rate_factors(model, run.train.layer_decay)
         self.trained = [(p, factors[p]) for p in model.parameters() if p.requires_grad]

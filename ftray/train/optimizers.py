@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ftray.config import Train
 from ftray.errors import ArtefactError
+from ftray.model.load import shape
 
 
 class SGD(torch.optim.SGD):
@@ -55,8 +56,8 @@ def parameter_groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
     factors = rate_factors(model, train.layer_decay)
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in sorted(trained, key=lambda p: p.ndim < 2):  # stable: matrices first
-        matrix, factor = parameter.ndim >= 2, factors[parameter]
+    for parameter in sorted(trained, key=lambda p: len(shape(p)) < 2):  # stable: matrices first
+        matrix, factor = len(shape(parameter)) >= 2, factors[parameter]
         decay = train.weight_decay if matrix else 0.0
         group = groups.setdefault((matrix, factor), {"params": [], "weight_decay": decay, "factor": factor})
         group["params"].append(parameter)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ftray.config import Run
 from ftray.model.adalora import rank_budget
+from ftray.model.load import largest_parameter
 from ftray.model.methods import load_trained_state, trained_state
 from ftray.train.batch import Batch
 from ftray.train.commits import Commit, State
@@ -42,20 +44,78 @@ class Strategy(Protocol):
         ...
 
     def state(self) -> State | None:
-        """What a commit holds of the weights and the optimizer: rank 0's; None on other workers."""
+        """What a commit holds of the weights and the optimizer. Rank 0 writes it; a worker that has one too passes
+        through it meanwhile, because its tensors are gathered from all."""
         ...
 
     def load(self, commit: Commit) -> None:
         """Put back what `state` gave."""
         ...
 
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters that are not trained, whole, one at a time."""
+        ...
 
-class DataParallel:
-    """Every worker holds the whole model and moves it alike: torch's DDP, or nothing around it for one worker."""
+    def held(self) -> dict[str, int]:
+        """Bytes of this worker's tensors by what they are for, in the middle of a step: after `gradients`."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended."""
+        ...
+
+
+def choose(run: Run, model: nn.Module, objective: nn.Module, world: World) -> Strategy:
+    """The strategy of `run`. ZeRO 0 divides nothing, which is what DataParallel does."""
+    if run.train.optimizer == "mezo":
+        from ftray.train.mezo import MeZO
+
+        return MeZO(run, model, objective, world)
+    if run.strategy is None or run.strategy.zero == 0:
+        return DataParallel(run, model, objective, world)
+    from ftray.train.zero import Zero
+
+    return Zero(run, model, objective, world)
+
+
+def divided_weights(run: Run, world: World) -> Any:
+    """DeepSpeed's configuration where the model must be created divided (ZeRO 3), else None."""
+    if run.strategy is None or run.strategy.zero < 3:
+        return None
+    from ftray.train.zero import configuration, prepare
+
+    prepare(run, world)
+    return configuration(run, world, largest_parameter(run), 1)
+
+
+class Replicated:
+    """What the strategies share in which every worker holds the whole model."""
 
     def __init__(self, run: Run, model: nn.Module, objective: nn.Module, world: World) -> None:
         self.model, self.objective, self.world = model, objective, world
-        self.precision, self.clip_norm = run.train.precision, run.train.clip_norm
+        self.precision = run.train.precision
+
+    def loss(self, batch: Batch) -> Tensor:
+        with autocast(self.precision, self.world):
+            return self.objective(batch)
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p.detach()) for name, p in self.model.named_parameters() if not p.requires_grad)
+
+    def held(self) -> dict[str, int]:
+        weights = sum(p.nbytes for p in self.model.parameters())
+        return {"weights": weights, "masters": 0, "states": 0, "gradients": 0, "buffers": 0, "nvme": 0}
+
+    def close(self) -> None:
+        pass
+
+
+class DataParallel(Replicated):
+    """Every worker moves the whole model alike: torch's DDP, or nothing around it for one worker."""
+
+    def __init__(self, run: Run, model: nn.Module, objective: nn.Module, world: World) -> None:
+        super().__init__(run, model, objective, world)
+        self.clip_norm = run.train.clip_norm
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, run.train)
         self.wrapped = _distributed(objective, self.trained, world)
@@ -86,18 +146,43 @@ class DataParallel:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def loss(self, batch: Batch) -> Tensor:
-        with autocast(self.precision, self.world):
-            return self.objective(batch)
-
     def state(self) -> State | None:
         if not self.world.is_first:
             return None
-        return State(trained_state(self.model), *optimizer_state(self.optimizer))
+        tensors, plain = optimizer_state(self.optimizer)
+        names = self._names_by_index()
+        return State(trained_state(self.model), _renamed(tensors, names), _renamed(plain, names))
 
     def load(self, commit: Commit) -> None:
         load_trained_state(self.model, commit.state.model)
-        load_optimizer_state(self.optimizer, commit.state.optimizer, commit.state.plain)
+        indices = {name: index for index, name in self._names_by_index().items()}
+        tensors, plain = dict(commit.state.optimizer), commit.state.plain
+        load_optimizer_state(self.optimizer, _renamed(tensors, indices), _renamed(plain, indices))
+
+    def _names_by_index(self) -> dict[str, str]:
+        """The name of each parameter by its number in the optimizer."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        return {str(index): names[p] for index, p in enumerate(parameters)}
+
+    def held(self) -> dict[str, int]:
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        sizes = {"states": sum(t.nbytes for t in states), "gradients": sum(t.nbytes for t in gradients)}
+        return super().held() | sizes
+
+
+def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """`state` with the first part of each path renamed, in what refers to another path too."""
+
+    def rename(path: str) -> str:
+        first, *rest = path.split("/", 1)
+        return "/".join([names.get(first, first), *rest])
+
+    return {
+        rename(path): {key: rename(other) for key, other in value.items()} if isinstance(value, dict) else value
+        for path, value in state.items()
+    }
 
 
 def autocast(precision: str, world: World) -> torch.autocast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,13 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             self.sum(0.0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each worker's value, a small one of plain Python, on every worker."""
+        gathered = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(gathered, value)
+        return gathered
 
     def from_first(self, values: Tensor) -> Tensor:
         """Rank 0's tensor, on every worker."""

@@ -66,6 +66,28 @@ def write_run(folder: Path, name: str, **changes: Any) -> Path:
     return file
 
 
+def train_in_turn(config: dict[str, Any]) -> None:
+    """On each Ray Train worker: the dumped config["runs"], one after the other; summaries go to a file."""
+    import ray.train
+    import torch
+
+    from ftray.config import Run
+    from ftray.data.prepared import PreparedData
+    from ftray.train.loop import train_worker
+    from ftray.train.world import World
+    from tests.toys import Recorder
+
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    torch.set_num_threads(1)
+    summaries = {}
+    for name, run in config["runs"].items():
+        channel = Recorder(stop_at=config["stop_at"].get(name))
+        summaries[name] = train_worker(Run.model_validate(run), PreparedData.open(config["data"]), world, channel)
+    if world.is_first:
+        Path(config["summaries"]).write_text(json.dumps(summaries))
+
+
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The step lines of a run's metrics, as far as they are written."""
     path = folder / "metrics.jsonl"

@@ -17,13 +17,19 @@ ELSEWHERE = [name for name in recipe_names() if name not in NEEDS_FTRAY_DATA]
 EXPECTED = {
     "e2e-lora-stories260k",
     "e2e-qlora-tiny",
+    "gpt2-medium-full-e2e",
     "gpt2-medium-lora-e2e",
+    "llama-3.1-8b-full-zero3-offload",
+    "llama-3.1-8b-full-zero3-offload-1gpu",
     "llama-3.1-8b-qlora-1gpu",
     "llama-3.1-8b-qlora-2x8gpu",
     "mistral-7b-qlora-alpaca",
     "mistral-7b-qlora-alpaca-reversed",
     "quickstart-cheese",
     "quickstart-restaurant",
+    "tiny-full-zero1-offload",
+    "tiny-full-zero2-offload",
+    "tiny-full-zero3-offload",
 }
 
 
