@@ -57,8 +57,8 @@ class RankBudget:
         tensors = {f"{_STATE}step": torch.tensor(self.step)}
         for kind in ("exp_avg_ipt", "exp_avg_unc"):
             tensors |= {f"{_STATE}{kind}/{name}": t for name, t in getattr(self.allocator, kind).items()}
-        left = {f"{name}": torch.tensor(kept) for name, kept in (self.config.rank_pattern or {}).items()}
-        return tensors | {f"{_STATE}rank_pattern/{name}": kept for name, kept in left.items()}
+        left = self.config.rank_pattern or {}
+        return tensors | {f"{_STATE}rank_pattern/{name}": torch.tensor(kept) for name, kept in left.items()}
 
     def load(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take what `state` gave out of a commit's parameters and return the others."""
