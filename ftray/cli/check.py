@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.cli.words import count, facts, percent, size, some, table
-from ftray.config import LOW_RANK, Run, Source
+from ftray.config import LOW_RANK, Full, Run, Source
 from ftray.errors import DataError
 from ftray.manifest import is_local
 from ftray.model.advice import Advice, cheapest_fit
@@ -116,6 +116,7 @@ def describe(check: Check) -> str:
         ("steps", steps_text(run)),
         ("model", model_text(check)),
         ("trained", trained_text(check)),
+        ("learning", learning_text(run)),
     ]
     if plan.unquantized:
         pairs.append(("unquantized", unquantized_text(plan.unquantized)))
@@ -192,15 +193,27 @@ def model_text(check: Check) -> str:
 
 def trained_text(check: Check) -> str:
     run, plan, method = check.run, check.plan, check.run.method
-    if not isinstance(method, LOW_RANK):
+    if isinstance(method, Full):
         return f"all {count(plan.trained)} parameters"
-    layers = targeted(run, check.shapes)
-    names = list(dict.fromkeys(layer.path.rsplit(".", 1)[-1] for layer in layers))
-    ranks = f"rank {method.rank}" + (" and others" if method.rank_pattern else "")
-    return (
-        f"{count(plan.trained)} of {count(plan.all_parameters)} parameters, {percent(plan.share)}:"
-        f" {method.name}, {ranks}, alpha {method.alpha:g},\non {some(len(layers), 'linear layer')}: {', '.join(names)}"
-    )
+    text = f"{count(plan.trained)} of {count(plan.all_parameters)} parameters, {percent(plan.share)}: {method.name}"
+    if isinstance(method, LOW_RANK):
+        text += f", rank {method.rank}{' and others' * bool(method.rank_pattern)}, alpha {method.alpha:g}"
+    if layers := targeted(run, check.shapes):
+        names = list(dict.fromkeys(layer.path.rsplit(".", 1)[-1] for layer in layers))
+        text += f",\non {some(len(layers), 'linear layer')}: {', '.join(names)}"
+    return text
+
+
+def learning_text(run: Run) -> str:
+    """Optimizer and objective, and what is divided among the workers."""
+    text = f"{run.objective.name} by {run.train.optimizer}"
+    if (strategy := run.strategy) is None:
+        return text
+    text += f", ZeRO {strategy.zero}"
+    for what, place in (("optimizer", strategy.offload_optimizer), ("weights", strategy.offload_parameters)):
+        if place != "none":
+            text += f", {what} {'on the host' if place == 'cpu' else 'on NVMe'}"
+    return text
 
 
 def unquantized_text(paths: tuple[str, ...]) -> str:

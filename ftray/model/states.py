@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ftray.config import Run, Strategy
+from ftray.config import Run, Strategy, VeRA
 from ftray.model.activations import COMPUTE_BYTES
 from ftray.model.shapes import Shapes
 
@@ -57,6 +57,10 @@ def _whole(run: Run, shapes: Shapes, tensors: Sequence[int]) -> Iterator[Item]:
     if run.method.frozen_base:
         yield from _frozen(run, shapes)
         yield Item("adapter weights", 4 * trained, f"{trained:,} parameters × 4 B (fp32)")
+        if isinstance(run.method, VeRA):
+            widest = max(layer.inputs for layer in shapes.linears) + max(layer.outputs for layer in shapes.linears)
+            size = 4 * run.method.rank * widest
+            yield Item("shared projections", size, f"rank {run.method.rank} × {widest:,} × 4 B, the widest layers'")
     elif mezo:
         yield Item("weights", each * shapes.parameters, f"{shapes.parameters:,} parameters × {each} B, moved in place")
     else:
