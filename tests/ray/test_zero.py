@@ -132,7 +132,7 @@ def test_losses_follow_those_without_zero(folder, summaries, name):
     """In bf16, relative; measured: 0.0019 where a step has half as many rows, and most of it rounding of the norms."""
     plain = losses(folder / "plain")
     assert plain[-1] < 0.4 * plain[0]
-    assert worst(losses(folder / name), plain) < 2e-3
+    assert worst(losses(folder / name), plain) < 3e-3
 
 
 @pytest.mark.parametrize("name", names(*STRATEGIES))
@@ -170,7 +170,7 @@ def test_one_worker_goes_on_with_another_stage(folder, data, summaries):
     summary = train_worker(run, PreparedData.open(data), World(), Recorder())
     assert summary["resumed_from"] == CHANGED_AT
     assert summary["reason"] == "finished"
-    assert worst(losses(folder / "changing"), losses(folder / "plain")) < 2e-3
+    assert worst(losses(folder / "changing"), losses(folder / "plain")) < 3e-3
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])

@@ -19,6 +19,7 @@ from tests.toys import MemoryData, Recorder, random_rows, toy_run
 
 ROWS = random_rows(64)
 CPU = "offload_optimizer: cpu"
+DIVIDED = f"zero: 3, {CPU}, offload_parameters: cpu"
 FULL = ("train.steps=6", "train.learning_rate=3e-4", "train.batch_rows=6", "train.micro_batch_rows=2")
 
 
@@ -66,7 +67,7 @@ def test_resume_is_exact(tmp_path, strategy, precision):
     assert same(*artefacts)
 
 
-@pytest.mark.parametrize("strategy", ["zero: 1", f"zero: 1, {CPU}", "zero: 2", f"zero: 2, {CPU}", "zero: 3"])
+@pytest.mark.parametrize("strategy", ["zero: 1", f"zero: 1, {CPU}", "zero: 2", f"zero: 2, {CPU}", DIVIDED])
 def test_in_fp32_every_stage_gives_the_losses_without_it(tmp_path, strategy):
     plain, _ = trained(tmp_path / "plain", None)
     other, _ = trained(tmp_path / "zero", strategy)
