@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import torch
 
 from ftray.config import Run, parse_run
 from ftray.data.prepared import Row
@@ -60,6 +61,18 @@ class Recorder:
     @property
     def losses(self) -> list[float]:
         return [event["loss"] for event in self.of("step")]
+
+
+class CountingLinear(torch.nn.Linear):
+    """Remembers how many rows each call had. A forward hook would not see calls that go past hooks."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.calls: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(x))
+        return super().forward(x)
 
 
 def random_rows(count: int, seed: int = 0, vocabulary: int = 500, longest: int = 40) -> list[Row]:

@@ -29,14 +29,14 @@ def load_base(
 
     Trained from scratch (`model.random_weights`), weights are drawn from the run's seed. Full tuning holds weights in
     fp32, but for MeZO, which must not hold more than inference does; otherwise the frozen base takes
-    `train.precision`. With `division`, DeepSpeed's configuration of ZeRO 3, the base is created divided, in
-    `train.precision`. Raises ModelError.
+    `train.precision`. With `division`, DeepSpeed's configuration of ZeRO 3, the base is created divided. Raises
+    ModelError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
     folder = local_model_folder(run.model)
-    whole_in_fp32 = run.method.name == "full" and run.train.optimizer != "mezo" and division is None
+    whole_in_fp32 = run.method.name == "full" and run.train.optimizer != "mezo"
     dtype = torch.float32 if whole_in_fp32 else DTYPES[run.train.precision]
     options: dict[str, Any] = {
         "trust_remote_code": run.model.trust_remote_code,
@@ -91,7 +91,7 @@ def _load_divided(run: Run, folder: str, config: Any, options: dict[str, Any], d
     with (
         no_init_weights(),
         prevent_arange_dtype_change(),
-        deepspeed.zero.Init(config_dict_or_path=division),
+        deepspeed.zero.Init(config_dict_or_path=division | {"bf16": {"enabled": options["dtype"] == torch.bfloat16}}),
         set_zero3_state(),
     ):
         model = AutoModelForCausalLM.from_config(config, **options)

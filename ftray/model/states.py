@@ -93,15 +93,16 @@ def _frozen(run: Run, shapes: Shapes, workers: int = 1) -> Iterator[Item]:
 
 
 def _divided(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iterator[Item]:
-    each, workers = COMPUTE_BYTES[run.train.precision], run.workers.count
+    workers = run.workers.count
     by_1, by_2, by_3 = (workers if strategy.zero >= stage else 1 for stage in (1, 2, 3))
     held, updated = _PLACES[strategy.offload_parameters], _PLACES[strategy.offload_optimizer]
     if run.method.frozen_base:
         yield from _frozen(run, shapes, by_3)
-        yield Item("adapter weights", each * trained // by_3, f"{trained:,} parameters × {each} B{_over(by_3)}")
+        yield Item("adapter weights", 4 * trained // by_3, f"{trained:,} parameters × 4 B{_over(by_3)}")
     else:
-        how = f"{shapes.parameters:,} parameters × {each} B{_over(by_3)}"
-        yield Item("weights", each * shapes.parameters // by_3, how, held)
+        each, frozen = COMPUTE_BYTES[run.train.precision], shapes.parameters - trained
+        yield Item("weights", 4 * trained // by_3, f"{trained:,} parameters × 4 B{_over(by_3)}", held)
+        yield Item("weights not trained", each * frozen // by_3, f"{frozen:,} × {each} B{_over(by_3)}", held)
     yield Item("gradients", 4 * trained // by_2, f"{trained:,} × 4 B (fp32){_over(by_2)}", updated)
     yield Item("fp32 master weights", 4 * trained // by_1, f"{trained:,} × 4 B{_over(by_1)}", updated)
     size = 8 * trained if run.train.optimizer == "adamw" else 4 * trained

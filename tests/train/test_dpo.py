@@ -23,7 +23,7 @@ from ftray.train.dpo import PreferenceLoss, completion_log_probabilities, frozen
 from ftray.train.loop import train_worker
 from ftray.train.loss import Head
 from ftray.train.world import World
-from tests.toys import MemoryData, Recorder, dpo_run, random_pairs
+from tests.toys import CountingLinear, MemoryData, Recorder, dpo_run, random_pairs
 
 PAIRS = random_pairs(64)
 HELD_OUT = random_pairs(16, seed=1)
@@ -263,14 +263,12 @@ def test_a_worker_without_rows_takes_part(tmp_path):
 def test_log_probabilities_equal_log_softmax_and_hold_one_chunk(monkeypatch, count):
     monkeypatch.setattr(dpo, "LOSS_CHUNK_TOKENS", 8)
     torch.manual_seed(0)
-    linear = torch.nn.Linear(16, 1000)
-    sizes, saved = [], []
-    linear.register_forward_hook(lambda _m, _i, out: sizes.append(len(out)))
+    linear, saved = CountingLinear(16, 1000), []
     head = Head(linear, type("Config", (), {}))
     hidden, labels = torch.randn(count, 16, requires_grad=True), torch.randint(1000, (count,))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         mine = log_probabilities(head, hidden, labels)
-    assert max(sizes) <= 8
+    assert max(linear.calls) <= 8
     assert max(saved) < max(8 * 1000, 1 + 16 * 1000)
     theirs = F.log_softmax(F.linear(hidden, linear.weight, linear.bias), -1).gather(-1, labels[:, None])[:, 0]
     torch.testing.assert_close(mine, theirs)

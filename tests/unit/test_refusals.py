@@ -49,7 +49,7 @@ CASES: dict[str, tuple[tuple[str, ...], str, str]] = {
         "set it to 1",
     ),
     "freezing everything": (("method={name: freeze, blocks: 0}",), "nothing would be trained", "set blocks, head"),
-    "adalora that grows": (("method={name: adalora, rank: 4, target_rank: 8}",), "above rank 4", "target_rank 8"),
+    "adalora that grows": (("method={name: adalora, rank: 4, target_rank: 8}",), "not below rank 4", "use method lora"),
     "adalora without a time": (
         ("method={name: adalora, start: 0.6, settle: 0.5}",),
         "no step in which ranks could change",
