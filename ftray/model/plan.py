@@ -122,9 +122,12 @@ def make_plan(run: Run, shapes: Shapes) -> Plan:
 def _items(run: Run, shapes: Shapes, tensors: list[int]) -> Iterator[Item]:
     method, trained = run.method, sum(tensors)
     yield from states(run, shapes, tensors)
-    if run.train.precision == "bf16" and not run.strategy and run.train.optimizer != "mezo":
+    if run.train.precision == "bf16" and run.train.optimizer != "mezo":
         copied = trained if method.frozen_base else min(trained, sum(layer.weights for layer in shapes.linears))
-        yield Item("bf16 copies of trained weights", 2 * copied, f"{copied:,} × 2 B, made by autocast")
+        how = f"{copied:,} × 2 B, made by autocast"
+        if run.strategy and run.strategy.zero == 3 and run.train.gradient_checkpointing:
+            copied, how = copied // shapes.layers, f"{copied:,} × 2 B / {shapes.layers} layers, one block's at a time"
+        yield Item("bf16 copies of trained weights", 2 * copied, how)
     if run.strategy:
         yield from _buffers(run, run.strategy, shapes, trained)
     saved, how = saved_bytes(run, shapes, targeted(run, shapes))

@@ -1,8 +1,8 @@
 """Memory of what a run holds from its first step to its last: weights, gradients, optimizer states. No torch.
 
-T trained parameters, W workers. Where every worker holds the whole model (DDP): weights in `train.precision`, trained
-ones in fp32, gradients 4 T, Adam's states 8 T. DeepSpeed ZeRO keeps trained weights in the compute type
-with fp32 masters, and divides, by stage, states and masters (1), gradients (2), weights (3) among the workers.
+T trained parameters, W workers. Where every worker holds the whole model (DDP): frozen weights in `train.precision`,
+trained ones 4 T bytes (fp32), gradients 4 T, Adam's states 8 T. DeepSpeed ZeRO adds masters of 4 T, and divides, by
+stage, states and masters (1), gradients (2), weights (3) by W.
 """
 
 from __future__ import annotations

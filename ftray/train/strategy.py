@@ -185,9 +185,11 @@ def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def autocast(precision: str, world: World) -> torch.autocast:
-    """Matrix products in bf16, where `train.precision` says so."""
-    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+def autocast(precision: str, world: World, *, keep_copies: bool = True) -> torch.autocast:
+    """Matrix products in bf16, where `train.precision` says so. `keep_copies`: bf16 copies of weights stay until the
+    context ends, so that a weight that is used twice is cast once."""
+    enabled = precision == "bf16"
+    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_copies)
 
 
 def _distributed(objective: nn.Module, trained: list[nn.Parameter], world: World) -> Any:

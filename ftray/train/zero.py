@@ -313,10 +313,12 @@ class _Computing(nn.Module):
 
     def __init__(self, run: Run, objective: nn.Module, world: World) -> None:
         super().__init__()
+        assert run.strategy is not None
         self.objective, self.precision, self.world = objective, run.train.precision, world
+        self.whole = run.strategy.zero < 3  # else no worker may gather copies of all weights
 
     def forward(self, batch: Batch) -> Tensor:
-        with autocast(self.precision, self.world):
+        with autocast(self.precision, self.world, keep_copies=self.whole):
             return self.objective(batch)
 
 
