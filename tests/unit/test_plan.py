@@ -371,7 +371,7 @@ ALL_TO_HOST = "{zero: 3, offload_optimizer: cpu, offload_parameters: cpu}"
         ("{name: qlora}", 12, ("train.gradient_checkpointing=true",)),
         ("{name: lora}", 12, ("train.gradient_checkpointing=true", "method.name=qlora")),
         ("{name: dora}", 14, ("train.gradient_checkpointing=true", "method.name=qdora")),
-        ("{name: full}", 60, (f"strategy='{STATES_TO_HOST}'",)),
+        ("{name: full}", 60, ("train.gradient_checkpointing=true", f"strategy='{STATES_TO_HOST}'")),
         ("{name: full}", 12, ("train.gradient_checkpointing=true", f"strategy='{ALL_TO_HOST}'")),
     ],
 )
