@@ -18,6 +18,7 @@ from ftray.train import commits, loss
 from ftray.train.commits import Commit, Progress, State, to_keep
 from ftray.train.loss import Head, _ChunkedCrossEntropy
 from ftray.train.schedule import rate_factor, warmup_steps
+from tests.toys import CountingLinear
 
 
 class _Config:
