@@ -146,12 +146,11 @@ def _items(run: Run, shapes: Shapes, tensors: list[int]) -> Iterator[Item]:
 
 def _buffers(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iterator[Item]:
     """What DeepSpeed holds for communication, and weights that ZeRO 3 gathered and keeps for a while."""
-    each = COMPUTE_BYTES[run.train.precision]
     bucket = min(strategy.bucket_elements, trained)
-    if run.workers.count > 1 or strategy.zero >= 2:
-        yield Item("communication bucket", each * bucket, f"{bucket:,} × {each} B")
+    if strategy.zero:
+        yield Item("communication bucket", 4 * bucket, f"{bucket:,} × 4 B")
     if strategy.zero == 3:
-        kept = min(strategy.keep_elements, shapes.parameters)
+        each = COMPUTE_BYTES[run.train.precision] if run.method.frozen_base else 4
         largest = max([shapes.head.weights, *(layer.weights for layer in shapes.linears)])
-        kept = max(kept, min(largest, shapes.parameters))
+        kept = min(max(strategy.keep_elements, largest), shapes.parameters)
         yield Item("gathered weights", each * kept, f"{kept:,} × {each} B: keep_elements, or the largest layer")

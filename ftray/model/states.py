@@ -31,6 +31,10 @@ EIGHT_BIT_MINIMUM = 4096
 """bitsandbytes keeps smaller tensors' states in fp32 (`min_8bit_size`)."""
 
 
+NVME_GROUP = 100_000_000
+"""Elements of the optimizer that are on their way between NVMe and memory at once."""
+
+
 @dataclass(frozen=True)
 class Item:
     name: str
@@ -103,10 +107,20 @@ def _divided(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iter
         each, frozen = COMPUTE_BYTES[run.train.precision], shapes.parameters - trained
         yield Item("weights", 4 * trained // by_3, f"{trained:,} parameters × 4 B{_over(by_3)}", held)
         yield Item("weights not trained", each * frozen // by_3, f"{frozen:,} × {each} B{_over(by_3)}", held)
-    yield Item("gradients", 4 * trained // by_2, f"{trained:,} × 4 B (fp32){_over(by_2)}", updated)
+    offloaded = updated != "GPU"
+    if strategy.zero < 2 or not offloaded:
+        yield Item("gradients", 4 * trained // by_2, f"{trained:,} × 4 B (fp32){_over(by_2)}")
+    if offloaded:  # measured: what is added up and what is handed to the optimizer lie apart
+        each = 12 if strategy.zero == 2 else 8
+        yield Item(
+            "gradients on the host", each * trained // workers, f"{trained:,} × {each} B{_over(workers)}", "host"
+        )
     yield Item("fp32 master weights", 4 * trained // by_1, f"{trained:,} × 4 B{_over(by_1)}", updated)
     size = 8 * trained if run.train.optimizer == "adamw" else 4 * trained
     yield Item("optimizer states", size // by_1, f"{trained:,} × {size // trained} B{_over(by_1)}", updated)
+    if updated == "NVMe":
+        passing = min(NVME_GROUP, trained // by_1)
+        yield Item("on their way to and from NVMe", 16 * passing, f"4 buffers of {passing:,} × 4 B", "host")
 
 
 def _over(workers: int) -> str:

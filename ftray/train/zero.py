@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ftray.config import Run
 from ftray.model.load import elements, shape
 from ftray.model.methods import check_same
+from ftray.model.states import NVME_GROUP
 from ftray.train.batch import Batch, collate
 from ftray.train.commits import Commit, Lazy, State
 from ftray.train.native import compile_parts, parts
@@ -36,8 +37,6 @@ from ftray.train.world import World
 
 _PERSISTENT = 10_000
 """ZeRO 3: parameters with fewer elements (norms, biases) stay whole on every worker."""
-_NVME_GROUP = 100_000_000
-"""Elements of the optimizer that are on their way between NVMe and memory at once."""
 
 
 def prepare(run: Run, world: World) -> Any:
@@ -81,7 +80,7 @@ def configuration(run: Run, world: World, largest: int, trained: int) -> dict[st
         "overlap_comm": world.device.type == "cuda",
         "contiguous_gradients": True,
         "memory_efficient_linear": False,
-        "sub_group_size": _NVME_GROUP if strategy.offload_optimizer == "nvme" else 1_000_000_000,
+        "sub_group_size": NVME_GROUP if strategy.offload_optimizer == "nvme" else 1_000_000_000,
         "stage3_prefetch_bucket_size": bucket,
         "stage3_max_live_parameters": strategy.keep_elements,
         "stage3_max_reuse_distance": strategy.keep_elements,

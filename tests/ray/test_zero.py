@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from safetensors.torch import load_file
 from ftray.config import Run, load_run
 from ftray.data.prepare import prepare
 from ftray.data.prepared import PreparedData
+from ftray.embedded import base_path
+from ftray.model.plan import make_plan
+from ftray.model.source import find_shapes
 from ftray.train.launch import train
 from ftray.train.loop import train_worker
 from ftray.train.world import World
@@ -150,6 +154,52 @@ def test_what_a_worker_holds_is_its_share(summaries):
         for held in summaries[name]["state_memory"]:
             shares = {"weights": weights, "masters": 2, "states": 4, "gradients": gradients}
             assert {key: held[key] / parameters for key in shares} == pytest.approx(shares, rel=0.1)
+
+
+@pytest.mark.parametrize("name", names("plain", *STRATEGIES))
+def test_the_plan_is_what_a_worker_holds(folder, summaries, name):
+    """Weights, gradients and optimizer, within 15 % of the memory plan; what lies on NVMe with its masters there."""
+    run = recipe(folder, name, STRATEGIES.get(name, "null"))
+    for held in summaries[name]["state_memory"]:
+        assert planned_states(run) == pytest.approx(held_states(held), rel=0.15)
+
+
+def planned_states(run: Run) -> int:
+    passing = "on their way to and from NVMe"
+    items = make_plan(run, find_shapes(run.model)[0]).items
+    return sum(item.bytes for item in items if item.stays and item.name != passing)
+
+
+def held_states(held: dict[str, int]) -> int:
+    return sum(held[key] for key in ("weights", "masters", "states", "gradients", "nvme"))
+
+
+def test_memory_of_a_larger_base_falls_with_the_workers(folder):
+    """108 million random parameters under ZeRO 3 with offload: within 15 % of the plan, and half with two workers."""
+    base = folder / "base"
+    shutil.copytree(base_path(), base, ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    shape |= {"num_key_value_heads": 12, "head_dim": 64, "vocab_size": 15_000, "tie_word_embeddings": False}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | shape))
+    found = {}
+    for workers in (1, 2):
+        run = recipe(
+            folder,
+            f"large-{workers}",
+            STRATEGIES["zero3-cpu"],
+            f"model={{path: {base}, random_weights: true}}",
+            "train.steps=1",
+            "train.batch_rows=2",
+            "train.commit_every=null",
+            f"workers.count={workers}",
+        )
+        summary = train(run, on_event=lambda _: None, stop=threading.Event())
+        assert summary["parameters"] > 100_000_000
+        found[workers] = held_states(summary["state_memory"][0])
+        assert found[workers] == pytest.approx(planned_states(run), rel=0.15)
+        shutil.rmtree(folder / f"large-{workers}")
+    assert found[2] == pytest.approx(found[1] / 2, rel=0.05)
 
 
 def test_a_killed_worker_changes_nothing(folder, summaries):
