@@ -51,8 +51,12 @@ class Item:
 
 def states(run: Run, shapes: Shapes, tensors: Sequence[int]) -> Iterator[Item]:
     """What one worker holds; `tensors` are the elements of every trained tensor."""
-    whole = _divided(run, run.strategy, shapes, sum(tensors)) if run.strategy else _whole(run, shapes, tensors)
-    yield from (replace(item, stays=True) for item in whole)
+    strategy = run.strategy
+    if strategy and strategy.zero:  # 0 divides nothing
+        held = _divided(run, strategy, shapes, sum(tensors))
+    else:
+        held = _whole(run, shapes, tensors)
+    yield from (replace(item, stays=True) for item in held)
 
 
 def _whole(run: Run, shapes: Shapes, tensors: Sequence[int]) -> Iterator[Item]:

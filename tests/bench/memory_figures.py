@@ -32,14 +32,13 @@ TEN_BILLION = {
 """A Llama of ten billion parameters, as near as a round shape comes."""
 
 
-def a_run(method: str, path: str = "meta-llama/Llama-2-7b-hf", train: str = "", more: str = "") -> Run:
+def a_run(method: str, path: str = "meta-llama/Llama-2-7b-hf", train: str = "") -> Run:
     text = f"""
         name: figures
         model: {{path: {path}}}
         method: {method}
         data: {{sources: [{{path: rows.jsonl, format: text}}], max_length: 1024}}
         train: {{steps: 1, batch_rows: 16, micro_batch_rows: 4{train}}}
-        {more}
         """
     return parse_run(text, "figures")
 
@@ -48,11 +47,11 @@ def ten_billion() -> list[tuple[str, str, str]]:
     """(what, GB, what it counts)"""
     shapes = shapes_of(TEN_BILLION)
     n = shapes.parameters
-    zero = a_run("{name: full}", more="strategy: {zero: 0}")
+    full = a_run("{name: full}")
     rows = [
         ("weights in fp16 alone", _gb(2 * n), "2 B a parameter"),
         ("fp16 with Adam, as quoted", _gb(12 * n), "2 B weights + 2 B gradients + 8 B of Adam's two fp32 states"),
-        ("the same with fp32 masters and gradients", _gb(_bytes(zero, shapes)), _how(zero, shapes)),
+        ("as ftray trains it: all of these in fp32, bf16 by autocast", _gb(_bytes(full, shapes)), _how(full, shapes)),
     ]
     qlora = a_run("{name: qlora}", train=", gradient_checkpointing: true, optimizer: paged_adamw_8bit")
     plan = make_plan(qlora, shapes)
