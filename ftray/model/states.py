@@ -51,11 +51,8 @@ class Item:
 
 def states(run: Run, shapes: Shapes, tensors: Sequence[int]) -> Iterator[Item]:
     """What one worker holds; `tensors` are the elements of every trained tensor."""
-    strategy = run.strategy
-    if strategy and strategy.zero:  # 0 divides nothing
-        held = _divided(run, strategy, shapes, sum(tensors))
-    else:
-        held = _whole(run, shapes, tensors)
+    strategy = run.strategy if run.strategy and run.strategy.zero else None  # 0 divides nothing
+    held = _divided(run, strategy, shapes, sum(tensors)) if strategy else _whole(run, shapes, tensors)
     yield from (replace(item, stays=True) for item in held)
 
 

@@ -372,7 +372,7 @@ ALL_TO_HOST = "{zero: 3, offload_optimizer: cpu, offload_parameters: cpu}"
         ("{name: lora}", 12, ("train.gradient_checkpointing=true", "method.name=qlora")),
         ("{name: dora}", 14, ("train.gradient_checkpointing=true", "method.name=qdora")),
         ("{name: full}", 60, ("train.gradient_checkpointing=true", f"strategy='{STATES_TO_HOST}'")),
-        ("{name: full}", 12, ("train.gradient_checkpointing=true", f"strategy='{ALL_TO_HOST}'")),
+        ("{name: full}", 16, ("train.gradient_checkpointing=true", f"strategy='{ALL_TO_HOST}'")),
     ],
 )
 def test_the_cheapest_change_that_fits(method: str, gib: int, overrides: tuple[str, ...]) -> None:
