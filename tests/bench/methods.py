@@ -58,14 +58,12 @@ def a_run(method: str, rate: float, steps: int, data: Path, folder: Path) -> Any
     )
 
 
-def measure(method: str, rate: float, steps: int, data: Path) -> dict[str, Any]:
+def measure(method: str, rate: float, steps: int, data: Path, prepared: str) -> dict[str, Any]:
     """One run in this process."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from ftray.data.prepare import prepare
     from ftray.data.prepared import PreparedData
-    from ftray.session import ray_session
     from ftray.train.loop import train_worker
     from ftray.train.world import World
 
@@ -76,16 +74,11 @@ def measure(method: str, rate: float, steps: int, data: Path) -> dict[str, Any]:
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        run = a_run(method, rate, steps, data, Path(scratch))
-        shared = Path(tempfile.gettempdir()) / "ftray-bench-methods"
-        run = run.model_copy(update={"data": run.data.model_copy(update={"cache": str(shared)})})
-        with ray_session(cpus=2):
-            prepared = PreparedData.open(prepare(run, lambda event: None))
-        world, channel = World(), Silent()
-        summary = train_worker(run, prepared, world, channel)
+        run, rows = a_run(method, rate, steps, data, Path(scratch)), PreparedData.open(prepared)
+        summary = train_worker(run, rows, World(), Silent())
         few = run.model_copy(update={"train": run.train.model_copy(update={"steps": 3}), "output": f"{scratch}/few"})
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            train_worker(few, prepared, world, channel)
+            train_worker(few, rows, World(), Silent())
     return {
         "trained": summary["trainable_parameters"],
         "share": summary["trainable_parameters"] / summary["parameters"],
@@ -112,17 +105,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--methods", default=",".join(METHODS).replace("full, MeZO", "full; MeZO"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--prepared", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     data = Path(os.environ["FTRAY_DATA"]).resolve() / "data"
     if arguments.one:
         method, rate = arguments.one.split("@")
-        print("RESULT " + json.dumps(measure(method, float(rate), arguments.steps, data)))
+        print("RESULT " + json.dumps(measure(method, float(rate), arguments.steps, data, arguments.prepared)))
         return
+    prepared = prepare_rows(data)
     print(f"| method | trained | share | peak, MiB | targets/s | held-out loss, {arguments.steps} steps | rate |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in arguments.methods.split(","):
         method = name.replace(";", ",")
-        found = [alone(method, rate, arguments.steps) for rate in METHODS[method][1]]
+        found = [alone(method, rate, arguments.steps, prepared) for rate in METHODS[method][1]]
         best = min(found, key=lambda result: result["loss"])
         print(
             f"| {method} | {best['trained']:,} | {best['share']:.2%} | {best['peak'] / 2**20:,.0f} |"
@@ -131,9 +126,20 @@ def main() -> None:
         )
 
 
-def alone(method: str, rate: float, steps: int) -> dict[str, Any]:
+def prepare_rows(data: Path) -> str:
+    """Where the prepared rows are, the same for all runs."""
+    from ftray.data.prepare import prepare
+    from ftray.session import ray_session
+
+    with ray_session(cpus=2):
+        return prepare(
+            a_run("lora", 1e-3, 1, data, Path(tempfile.gettempdir()) / "ftray-bench-methods"), lambda _: None
+        )
+
+
+def alone(method: str, rate: float, steps: int, prepared: str) -> dict[str, Any]:
     """One run in a process of its own."""
-    command = [sys.executable, __file__, "--one", f"{method}@{rate}", "--steps", str(steps)]
+    command = [sys.executable, __file__, "--one", f"{method}@{rate}", "--steps", str(steps), "--prepared", prepared]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
