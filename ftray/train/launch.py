@@ -358,7 +358,7 @@ def _tracked(run: Run, on_event: Emit) -> Iterator[Emit]:
             on_event({"kind": "warning", "text": "a worker was lost; Ray Train started the group again"})
         on_event(event)
         if event["kind"] == "start":
-            stand_aside("ray::RayTrainWorker")
+            stand_aside()
             if sinks:
                 sinks.close()
             sinks = Sinks(run, run.folder, event["step"], on_event)
