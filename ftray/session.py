@@ -99,7 +99,7 @@ def stand_aside() -> None:
 
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error, OSError):  # it may have ended by now
-            line = " ".join(process.cmdline())
+            line = " ".join(process.cmdline()[:3])  # the raylet names workers' files further on
             if line.startswith(_HELPERS) or "/ray/dashboard/" in line or "/ray/_private/" in line:
                 for thread in process.threads():
                     os.sched_setscheduler(thread.id, os.SCHED_BATCH, os.sched_param(0))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ftray.cli.console import PlainConsole, open_console
 from ftray.cli.signals import stop_on_signal
-from ftray.cli.words import count, duration, facts, percent
+from ftray.cli.words import count, duration, facts, percent, size
 from ftray.config import Run
 from ftray.errors import EXIT_OK, RunStopped
 from ftray.manifest import filesystem, join
@@ -72,7 +72,10 @@ def summary_text(summary: dict[str, Any], report: str | None) -> str:
     if s.get("skipped_steps"):
         pairs.append(("skipped", f"{count(s['skipped_steps'])} steps whose loss or gradient was not finite"))
     if s.get("peak_memory_gib"):
-        pairs.append(("memory", f"{s['peak_memory_gib']:.2f} GiB at most in a worker"))
+        text = f"{s['peak_memory_gib']:.2f} GiB at most in a worker"
+        if held := max((sum(worker.values()) for worker in s.get("state_memory", [])), default=0):
+            text += f"; {size(held)} of weights, gradients and optimizer"
+        pairs.append(("memory", text))
     pairs += [("artefact", s["artefact"]), *([("report", report)] if report else [])]
     loader = {"full": "transformers", "freeze": "transformers", "bottleneck": "ftray.model.bottleneck"}
     with_ = loader.get(s["method"], "PEFT")

@@ -233,7 +233,7 @@ class Prompt(_EitherBase):
     name: Literal["prompt"]
     tokens: int = Field(20, ge=1, le=4096)
     """Virtual tokens."""
-    text: str | None = None
+    text: str | None = Field(None, min_length=1)
     """Start from the embeddings of this text's tokens, repeated or cut to `tokens`; null: from random tokens of the
     vocabulary."""
 

@@ -36,7 +36,8 @@ def load_base(
 
     attention.register()
     folder = local_model_folder(run.model)
-    whole_in_fp32 = run.method.name == "full" and run.train.optimizer != "mezo"
+    own = run.method.name == "full" or (division is not None and not run.method.frozen_base)
+    whole_in_fp32 = own and run.train.optimizer != "mezo"  # ZeRO 3 divides all weights in one type
     dtype = torch.float32 if whole_in_fp32 else DTYPES[run.train.precision]
     options: dict[str, Any] = {
         "trust_remote_code": run.model.trust_remote_code,

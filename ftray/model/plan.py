@@ -136,7 +136,8 @@ def _items(run: Run, shapes: Shapes, tensors: list[int]) -> Iterator[Item]:
     rows = min(LOSS_CHUNK_TOKENS, micro_batch_tokens(run))
     how = f"{rows:,} target tokens × {shapes.vocabulary:,} × {LOGIT_BYTES} B"
     yield Item("logits, one chunk", rows * shapes.vocabulary * LOGIT_BYTES, how)
-    if isinstance(method, Full) or (isinstance(method, Freeze) and (method.head or method.embeddings)):
+    trains_head = isinstance(method, Full) or (isinstance(method, Freeze) and (method.head or method.embeddings))
+    if trains_head and run.train.optimizer != "mezo":
         head = shapes.head.weights
         yield Item("gradient of the head, a chunk's and the sum", 2 * 4 * head, f"2 × {head:,} × 4 B")
     if isinstance(run.objective, DPO) and not method.frozen_base and not run.objective.reference_free:

@@ -66,8 +66,8 @@ def _whole(run: Run, shapes: Shapes, tensors: Sequence[int]) -> Iterator[Item]:
             widest = max(layer.inputs for layer in shapes.linears) + max(layer.outputs for layer in shapes.linears)
             size = 4 * run.method.rank * widest
             yield Item("shared projections", size, f"rank {run.method.rank} × {widest:,} × 4 B, the widest layers'")
-    elif mezo:
-        yield Item("weights", each * shapes.parameters, f"{shapes.parameters:,} parameters × {each} B, moved in place")
+    elif mezo and trained == shapes.parameters:
+        yield Item("weights", each * trained, f"{trained:,} parameters × {each} B, moved in place")
     else:
         frozen = shapes.parameters - trained
         yield Item("weights", 4 * trained, f"{trained:,} parameters × 4 B (fp32, trained)")
@@ -106,6 +106,7 @@ def _divided(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iter
         yield Item("adapter weights", 4 * trained // by_3, f"{trained:,} parameters × 4 B{_over(by_3)}")
     else:
         each, frozen = COMPUTE_BYTES[run.train.precision], shapes.parameters - trained
+        each = 4 if strategy.zero == 3 else each  # all weights in one type
         yield Item("weights", 4 * trained // by_3, f"{trained:,} parameters × 4 B{_over(by_3)}", held)
         yield Item("weights not trained", each * frozen // by_3, f"{frozen:,} × {each} B{_over(by_3)}", held)
     offloaded = updated != "GPU"

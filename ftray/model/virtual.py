@@ -28,7 +28,7 @@ def attach_virtual(model: Any, run: Run) -> Any:
             f"{method.tokens} virtual tokens and rows of up to {run.data.max_length} are more than the base's {longest}"
             " positions",
             where="method.tokens",
-            hint=f"lower method.tokens, or data.max_length to {longest - method.tokens}",
+            hint=f"lower method.tokens or data.max_length: together at most {longest}",
         )
     if isinstance(method, Prompt):
         initial = _initial_prompt(model, run, method)

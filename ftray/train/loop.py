@@ -110,7 +110,7 @@ class _Worker:
             self.strategy.load(self.found)
             self.progress = self.found.progress
             self.committed = self.resumed_from = self.progress.step
-        self.found = None
+        self.found, self.first_step = None, self.progress.step
         self.log = MetricsLog(self.run.folder, self.progress.metrics_bytes) if self.world.is_first else None
         self.emit(
             kind="start",
@@ -155,8 +155,8 @@ class _Worker:
         seeds = [mix(run.seed, progress.step, self.world.rank, i) for i in range(len(rows.micro_batches))]
         sums = self.strategy.gradients(rows.micro_batches, rows.divisor, seeds)
         losses = torch.stack(sums).tolist()
-        if not self.state_memory:
-            self.state_memory = self.strategy.held()  # in the middle of a step: gradients and all
+        if progress.step <= self.first_step + 1:  # in the middle of a step, gradients and all; the first makes states
+            self.state_memory = self.strategy.held()
         wish = float(self.channel.stop_requested())
         loss_sum, stop, *taken = self.world.sum(sum(losses), wish, *self.objective.take())
         loss = loss_sum / rows.divisor

@@ -9,10 +9,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from ftray.config import Run
 from ftray.errors import RunError
+from ftray.manifest import digest_of
 
 _BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
 
@@ -55,8 +57,15 @@ def compile_parts(names: list[str]) -> None:
 
 
 def _folder(name: str) -> Path:
-    """Where torch puts a compiled extension; see torch.utils.cpp_extension."""
+    """Where torch puts a compiled extension; see torch.utils.cpp_extension. Each installation has a place of its own:
+    torch compiles again what another one, with other paths, has left."""
     from torch.utils.cpp_extension import _get_build_directory
+
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        versions = [f"{package} {version(package)}" for package in ("deepspeed", "torch")]
+        own = digest_of([sys.prefix, sys.version, *versions])[:12]
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(cache, "ftray", "extensions", own)
 
     return Path(_get_build_directory(name, verbose=False))
 

@@ -250,7 +250,7 @@ class Zero:
 
     def _keys(self) -> list[str]:
         """Names of the tensors that the optimizer keeps for each parameter."""
-        first = next(iter(self._basic.state.values()))
+        first: dict[str, Any] = next(iter(self._basic.state.values()), {})
         return [key for key, value in first.items() if isinstance(value, Tensor) and key != "step"]
 
     def _steps(self) -> int:
