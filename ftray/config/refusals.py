@@ -65,7 +65,7 @@ def _optimizers(run: Run) -> Iterator[str]:
         )
     if train.gradient_checkpointing:
         yield "optimizer mezo has no backward pass, so train.gradient_checkpointing would do nothing; set it to false"
-    if run.strategy:
+    if run.strategy and run.strategy.zero:
         yield (
             "optimizer mezo has neither gradients nor states that ZeRO could divide; leave `strategy` out: workers then"
             " exchange one number a step"

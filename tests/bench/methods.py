@@ -2,7 +2,8 @@
 
     FTRAY_DATA=… python tests/bench/methods.py [--steps 200] [--methods lora,prefix]
 
-E2E rows on the embedded base, one process and one run after another, without Ray, each at the rate shown. Memory is the most that all tensors took at once, weights included, in the first three steps.
+E2E rows on the embedded base, one process and one run after another, without Ray, each at the rate shown. Memory is
+the most that all tensors took at once, weights included, in the first three steps.
 """
 
 from __future__ import annotations
