@@ -113,7 +113,7 @@ def _divided(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iter
     if strategy.zero < 2 or not offloaded:
         yield Item("gradients", 4 * trained // by_2, f"{trained:,} × 4 B (fp32){_over(by_2)}")
     if offloaded:  # measured: what is added up and what is handed to the optimizer lie apart
-        each = 12 if strategy.zero == 2 else 8
+        each = 4 if updated == "NVMe" else 12 if strategy.zero == 2 else 8
         yield Item(
             "gradients on the host", each * trained // workers, f"{trained:,} × {each} B{_over(workers)}", "host"
         )

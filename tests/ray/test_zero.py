@@ -24,6 +24,8 @@ from ftray.train.world import World
 from tests.ray.runs import kill_a_worker_at, steps_of, train_in_turn
 from tests.toys import Recorder
 
+pytestmark = pytest.mark.timeout(1800)
+"""The first test to need them compiles DeepSpeed's native parts."""
 STEPS = 30
 CHANGED_AT = 11
 """Step at which a run goes on with other workers and another strategy."""
