@@ -107,7 +107,7 @@ def _zero(run: Run) -> Iterator[str]:
             "weights on NVMe with optimizer states on the device save nothing where it counts; set"
             " strategy.offload_optimizer to nvme or cpu"
         )
-    if optimizer in BITSANDBYTES:
+    if optimizer in BITSANDBYTES and strategy.zero > 0:
         yield (
             f"ZeRO divides the states that {optimizer} would hold in 8 bits or page; use train.optimizer: adamw, with"
             " strategy.offload_optimizer: cpu to keep them off the device"

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ftray import config
 from ftray.errors import ArtefactError, ModelError
 
-PEFT_TYPE = "FTRAY_BOTTLENECK"
 _NAME = "bottleneck_adapter"
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn")

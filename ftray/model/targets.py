@@ -8,13 +8,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 from ftray.config.methods import IA3, DoRA, Freeze, LoRA, QDoRA, QLoRA
 from ftray.errors import ModelError
 
 LowRank = LoRA | DoRA | QLoRA | QDoRA
-Value = TypeVar("Value", int, float)
 
 
 def select(targets: Literal["all-linear"] | Sequence[str], linears: Iterable[str]) -> list[str]:
@@ -49,18 +48,10 @@ def _could(target: str, candidates: Sequence[str]) -> str:
 
 def rank_of(path: str, method: LowRank) -> int:
     """Rank of one target, by the first pattern of `rank_pattern` that matches the end of its path."""
-    return _by_pattern(path, method.rank_pattern, method.rank)
-
-
-def alpha_of(path: str, method: LowRank) -> float:
-    return _by_pattern(path, method.alpha_pattern, method.alpha)
-
-
-def _by_pattern(path: str, patterns: dict[str, Value], default: Value) -> Value:
-    for pattern, value in patterns.items():
+    for pattern, rank in method.rank_pattern.items():
         if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT matches its rank_pattern
-            return value
-    return default
+            return rank
+    return method.rank
 
 
 def check_patterns(method: LowRank, targeted: Sequence[str]) -> None:
@@ -128,7 +119,10 @@ def unfrozen(method: Freeze, parameters: Sequence[tuple[str, str]], layers: int)
             hint="set method.embeddings: true if that is meant, or method.head: false",
         )
     kinds = {"head": method.head, "norm": method.norms, "embedding": method.embeddings}
-    wanted = {name for name, kind in parameters if kinds.get(kind) or _block_of(name) >= layers - method.blocks}
+    first = layers - method.blocks
+    blocks = {name: block_of(name) for name, _ in parameters}
+    wanted = {name for name, block in blocks.items() if block is not None and block >= first}
+    wanted |= {name for name, kind in parameters if kinds.get(kind)}
     for pattern in method.also:
         try:
             found = {name for name, _ in parameters if re.match(rf"(.*\.)?({pattern})$", name)}
@@ -141,7 +135,10 @@ def unfrozen(method: Freeze, parameters: Sequence[tuple[str, str]], layers: int)
     return [name for name, _ in parameters if name in wanted]
 
 
-def _block_of(name: str) -> int:
-    """`model.layers.3.mlp.down_proj.weight` → 3; -1 outside of blocks."""
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else -1
+def block_of(path: str) -> int | None:
+    """Number of the transformer block that a parameter lies in; None above and below them."""
+    found = _BLOCK.search(path)
+    return int(found[1]) if found else None
+
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")

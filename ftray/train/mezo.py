@@ -19,7 +19,7 @@ from ftray.train.batch import Batch
 from ftray.train.commits import Commit, State
 from ftray.train.optimizers import rate_factors
 from ftray.train.seeds import mix
-from ftray.train.strategy import Replicated, autocast
+from ftray.train.strategy import Replicated
 from ftray.train.world import World
 
 _PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -84,10 +84,6 @@ class MeZO(Replicated):
                 else:
                     value = value.mul_(1 - rate * factor * decay).sub_(z, alpha=rate * factor * self.slope)
                     piece.copy_(_rounded_at_random(value, luck) if piece.dtype == torch.bfloat16 else value)
-
-    def loss(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), autocast(self.train.precision, self.world):
-            return self.objective(batch)
 
     def state(self) -> State | None:
         return State(trained_state(self.model), {}, {}) if self.world.is_first else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ftray.config import Train
 from ftray.errors import ArtefactError
 from ftray.model.load import shape
+from ftray.model.targets import block_of
 
 
 class SGD(torch.optim.SGD):
@@ -79,15 +79,6 @@ def rate_factors(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, flo
         else:
             factors[parameter] = layer_decay**blocks if parameter in embeddings else 1.0
     return factors
-
-
-def block_of(path: str) -> int | None:
-    """Number of the transformer block that a parameter lies in; None above and below them."""
-    found = _BLOCK.search(path)
-    return int(found[1]) if found else None
-
-
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[str, float]] = {
     "prefix": ("{name: prefix, tokens: 20}", 3e-2),
     "prompt": ("{name: prompt, tokens: 20}", 3e-2),
     "p_tuning": ("{name: p_tuning, tokens: 20}", 3e-3),
-    "full, MeZO": ("{name: full}", 1e-5),
+    "mezo": ("{name: full}", 1e-5),
 }
 
 
@@ -39,7 +39,7 @@ def a_run(method: str, rate: float, steps: int, data: Path, folder: Path) -> Any
     from ftray.config import parse_run
 
     text, _ = METHODS[method]
-    optimizer = ", optimizer: mezo, schedule: constant" if method.endswith("MeZO") else ""
+    optimizer = ", optimizer: mezo, schedule: constant" if method == "mezo" else ""
     format = "{name: prompt_completion, prompt: '{mr}\\n', completion: '{ref}'}"
     return parse_run(
         f"""
@@ -103,7 +103,7 @@ def peak_bytes(profiled: Any) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--methods", default=",".join(METHODS).replace("full, MeZO", "full; MeZO"))
+    parser.add_argument("--methods", default=",".join(METHODS).replace("mezo", "full; MeZO"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--prepared", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -115,8 +115,7 @@ def main() -> None:
     prepared = prepare_rows(data)
     print(f"| method | trained | share | peak, MiB | targets/s | held-out loss, {arguments.steps} steps | rate |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for name in arguments.methods.split(","):
-        method = name.replace(";", ",")
+    for method in arguments.methods.split(","):
         found = alone(method, METHODS[method][1], arguments.steps, prepared)
         print(
             f"| {method} | {found['trained']:,} | {found['share']:.2%} | {found['peak'] / 2**20:,.0f} |"

@@ -29,14 +29,6 @@ PAIRS = random_pairs(64)
 HELD_OUT = random_pairs(16, seed=1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def trained(run: Run, channel: Recorder | None = None, held_out: list[Row] | None = None):
     channel = channel or Recorder()
     summary = train_worker(run, MemoryData(PAIRS, held_out), World(), channel)  # type: ignore[arg-type]

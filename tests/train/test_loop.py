@@ -24,14 +24,6 @@ ROWS = random_rows(64)
 HELD_OUT = random_rows(16, seed=1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def trained(run: Run, channel: Recorder | None = None, rows: list[Row] = ROWS, held_out: list[Row] | None = None):
     channel = channel or Recorder()
     summary = train_worker(run, MemoryData(rows, held_out), World(), channel)  # type: ignore[arg-type]

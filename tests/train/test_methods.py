@@ -66,14 +66,6 @@ MISTRAL = {
 ROWS, HELD_OUT = cheese_rows(64), cheese_rows(12, "held_out")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run_of(folder: Path, method: str, *overrides: str, rate: float = 1e-3, steps: int = 6) -> Run:
     return toy_run(folder, f"train.steps={steps}", f"train.learning_rate={rate}", *overrides, method=method)
 

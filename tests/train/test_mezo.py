@@ -29,14 +29,6 @@ MEZO = "train.optimizer=mezo"
 TWO = (MEZO, "train.steps=50", "train.learning_rate=2e-5")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def trained(run: Run, rows: list[Row], channel: Recorder | None = None, held_out: list[Row] | None = None):
     channel = channel or Recorder()
     summary = train_worker(run, MemoryData(rows, held_out), World(), channel)  # type: ignore[arg-type]

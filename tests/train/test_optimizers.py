@@ -12,23 +12,16 @@ from torch import nn
 from ftray.config import Run
 from ftray.model.load import evaluating, load_base
 from ftray.model.methods import attach
+from ftray.model.targets import block_of
 from ftray.train.batch import collate
 from ftray.train.loop import train_worker
 from ftray.train.loss import TargetLoss, noisy_embeddings
-from ftray.train.optimizers import block_of, build_optimizer, rate_factors, set_rate
+from ftray.train.optimizers import build_optimizer, rate_factors, set_rate
 from ftray.train.world import World
 from tests.toys import MemoryData, Recorder, random_rows, toy_run
 
 ROWS = random_rows(64)
 HELD_OUT = random_rows(16, seed=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(run: Run, channel: Recorder | None = None, held_out: list | None = None):

@@ -23,14 +23,6 @@ DIVIDED = f"zero: 3, {CPU}, offload_parameters: cpu"
 FULL = ("train.steps=6", "train.learning_rate=3e-4", "train.batch_rows=6", "train.micro_batch_rows=2")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def trained(folder: Path, strategy: str | None, *overrides: str, channel: Recorder | None = None, method: str = "full"):
     channel = channel or Recorder()
     chosen = (f"strategy={{{strategy}}}",) if strategy else ()

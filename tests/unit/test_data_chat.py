@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from chat_templates import SPECIAL, STYLES, marked, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from ftray.data.encode import Encoder, Vocabulary
 from ftray.data.formats import renderer, renderers
 from ftray.data.rows import BadRow
 from ftray.errors import DataError
+from tests.unit.chat_templates import SPECIAL, STYLES, marked, plain
 
 TEXT = """Brie is a soft cheese from the north of France. "Is it?" asked the cook, who had never seen one before.
 1 + 2 = 3, and so it went on: naïve, Ærø, 日本, 🧀. Say it again; say it slowly!"""

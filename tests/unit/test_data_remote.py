@@ -67,7 +67,7 @@ def test_prepared_data_on_an_object_store(run, tmp_path):
     [entry] = fsspec.filesystem("memory").cat("/out/run/rejected.jsonl").decode().splitlines()
     assert json.loads(entry) | {"row": 41, "file": "memory:///in/rows.jsonl"} == json.loads(entry)
     assert PreparedData.open(folder).folder == data.folder
-    assert not [p for p in fsspec.filesystem("memory").find("/out") if "/work/" in p or "rejected-" in p]
+    assert not [p for p in fsspec.filesystem("memory").find("/out") if "work" in p.split("/") or "rejected-" in p]
 
 
 def test_a_changed_store_is_copied_again(run):

@@ -334,7 +334,6 @@ meet help thank visit call love trust follow teach greet invite forgive remember
 surprise warn praise find wake
 """)
 VERBS_GIVE = _words("give show send bring offer lend sell hand")
-VERBS_MIND = _words("say think know believe hope fear remember dream understand guess")
 
 _IRREGULAR = {
     "be": ("was", "been"), "go": ("went", "gone"), "run": ("ran", "run"), "ride": ("rode", "ridden"),
