@@ -1,0 +1,1 @@
+"""Generation with many adapters at once. No Ray, no HTTP."""

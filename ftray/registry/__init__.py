@@ -1,0 +1,1 @@
+"""Adapters by digest on any fsspec store."""
