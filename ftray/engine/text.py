@@ -101,12 +101,10 @@ def _known_decoder(spec: dict[str, Any] | None) -> _ByteLevel | _ByteFallback | 
     if kinds == ["ByteLevel"]:
         return _ByteLevel()
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
-        old, strip = (
-            chain[0]["pattern"].get("String"),
-            chain[3] if kinds[3:] else {"content": " ", "start": 0, "stop": 0},
-        )
+        old, space = chain[0]["pattern"].get("String"), chain[0]["content"]
+        strip: dict[str, Any] = chain[3] if kinds[3:] else {"content": " ", "start": 0, "stop": 0}
         if old is not None and not strip["stop"]:
-            return _ByteFallback(old, chain[0]["content"], strip["content"], strip["start"])
+            return _ByteFallback(old, space, strip["content"], strip["start"])
     return None
 
 
