@@ -21,6 +21,7 @@ mass is behind it. So a seed gives the same token however the probabilities sort
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,9 +38,6 @@ BLOCK = 64
 
 SORTED = 4096
 """Probabilities that are sorted to find a border; of more, a histogram first finds the part that it lies in."""
-
-_MASKED = torch.tensor([[0.0 if byte >> bit & 1 else -torch.inf for bit in range(8)] for byte in range(256)])
-"""What is added to 8 logits under a byte of a mask: nothing where a bit is set, else -inf."""
 
 
 class Sampler:
@@ -99,10 +97,16 @@ def _apply_grammars(scores: Tensor, choices: Sequence[Choice]) -> dict[int, Ftra
     if not matchers:
         return {}
     masks, found = fill_masks(list(matchers.values()))
-    table = _MASKED.to(scores.device)
-    change = torch.nn.functional.embedding(torch.from_numpy(masks).to(scores.device).int(), table)
+    change = torch.nn.functional.embedding(torch.from_numpy(masks).to(scores.device).int(), _masked(scores.device))
     scores[torch.tensor(list(matchers), device=scores.device)] += change.flatten(1)[:, : scores.shape[1]]
     return {row: error for row, error in zip(matchers, found, strict=True) if error is not None}
+
+
+@functools.cache
+def _masked(device: torch.device) -> Tensor:
+    """What is added to 8 logits under each byte of a mask, [256, 8]: nothing where a bit is set, else -inf."""
+    rows = [[0.0 if byte >> bit & 1 else -torch.inf for bit in range(8)] for byte in range(256)]
+    return torch.tensor(rows, device=device)
 
 
 def _apply_bias(scores: Tensor, choices: Sequence[Choice]) -> None:

@@ -183,6 +183,12 @@ def _allowed_start(grammars: Grammars) -> bool:
     return bool(masks.any()) and errors == [None]
 
 
+def test_true_is_any_value():
+    masks, errors = fill_masks([_shared().matcher(Grammar("json_schema", text)) for text in ("true", "{}")])
+    assert errors == [None, None]
+    assert (masks[0] == masks[1]).all()
+
+
 def test_large_schemas_are_compiled_in_bounded_time():
     doubled: dict = {"type": "string"}
     for _ in range(9):
