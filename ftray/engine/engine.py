@@ -20,9 +20,11 @@ from torch import Tensor
 from ftray.config import Model
 from ftray.engine import slots
 from ftray.engine.adapters import Adapters
+from ftray.engine.choice import Choice
+from ftray.engine.grammar import Grammars
 from ftray.engine.options import EngineOptions
 from ftray.engine.request import Chunk, Event, Finished, Request
-from ftray.engine.sampling import Choice, Sampler
+from ftray.engine.sampling import Sampler
 from ftray.engine.scheduler import FairQueue
 from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable
 from ftray.engine.slots import Piece, Slots
@@ -95,6 +97,8 @@ class Engine:
             wake=self._wake,
         )
         self._sampler, self._detokenizer = Sampler(), Detokenizer(base.tokenizer)
+        self._made: Grammars | None = None
+        self._grammars_lock = threading.Lock()
         self._embed = base.model.get_input_embeddings()
         self._vocabulary = self._embed.num_embeddings
         self._ends = _end_tokens(base)
@@ -127,7 +131,9 @@ class Engine:
             raise self._too_long(request, 0)
         if request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
-        choice = Choice(request.sampling, request.prompt, self._vocabulary, self._ends)
+        wanted = request.sampling.grammar
+        matcher = self._grammars().matcher(wanted) if wanted else None
+        choice = Choice(request.sampling, request.prompt, self._vocabulary, self._ends, matcher)
         sequence = Sequence(request, choice, TextStream(self._detokenizer, request.sampling.stop))
         with self._lock:
             if request.id in self._open:
@@ -165,6 +171,13 @@ class Engine:
     def close(self) -> None:
         """End the threads that read adapters. Requests in flight get no more events."""
         self.adapters.close()
+
+    def _grammars(self) -> Grammars:
+        """Made when they are first asked for: a tokenizer's takes a fifth of a second."""
+        with self._grammars_lock:
+            if self._made is None:
+                self._made = Grammars(self.base.tokenizer, self._vocabulary, self._ends)
+            return self._made
 
     def _wake(self) -> None:
         with self._lock:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ftray.engine.adapters import Held
+from ftray.engine.choice import Choice
 from ftray.engine.request import Request, Usage
-from ftray.engine.sampling import Choice
 from ftray.engine.text import TextStream
 from ftray.model.served import Adapter
 
