@@ -127,6 +127,9 @@ class Adapters:
     def close(self) -> None:
         self._closing.set()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        for held in self._held.values():
+            if held.on_device:
+                self._off(held)
 
     def _read(self, held: Held) -> None:
         result: Adapter | FtrayError

@@ -77,7 +77,7 @@ class Engine:
     """`add`, `cancel`, `wait` and `stats` may be called from any thread, `step` from one alone.
 
     `load` gives the adapter of a Ref, checked, in the host's memory (`Base.read`); it runs in threads of its own, and
-    its FtrayError reaches those who wait for that adapter.
+    its FtrayError reaches those who wait for that adapter. A base has one engine at a time.
     """
 
     def __init__(self, base: Base, load: Callable[[Ref], Adapter], options: EngineOptions | None = None) -> None:
@@ -169,7 +169,7 @@ class Engine:
         return len(self._open)
 
     def close(self) -> None:
-        """End the threads that read adapters. Requests in flight get no more events."""
+        """Leave the base to another engine. Requests in flight get no more events."""
         self.adapters.close()
 
     def _grammars(self) -> Grammars:
