@@ -6,6 +6,7 @@
     │   ├── DataError           rows, files, formats
     │   ├── ModelError          a base, a tokenizer, a method that does not fit it
     │   └── ArtefactError       a commit, an adapter, a manifest
+    │       └── UnknownAdapter  no such tenant, name or version in the registry
     ├── RunError                a run that started and could not go on; exit code 3
     └── RunStopped              a run that was asked to stop and committed first; exit code 75
 
@@ -61,6 +62,10 @@ class ModelError(UserError):
 
 
 class ArtefactError(UserError):
+    pass
+
+
+class UnknownAdapter(ArtefactError):
     pass
 
 

@@ -1,0 +1,37 @@
+"""What an adapter must fit: a base's shapes, digest and chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftray.config import Model
+from ftray.model.shapes import Shapes
+from ftray.model.source import find_shapes
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """A base, as the check of an adapter asks for it."""
+
+    path: str
+    """What people call it."""
+    shapes: Shapes
+    digest: str | None = None
+    """As of `ftray.model.load.base_digest`; None: the adapter's word is taken."""
+    chat_template: str | None = None
+    """SHA-256 of the template that prompts are rendered with, empty where there is none; None: not compared."""
+
+
+def shapes_alone(model: Model) -> BaseFacts:
+    """From config.json alone: digest and template are not compared. Raises ModelError."""
+    return BaseFacts(model.path, find_shapes(model)[0])
+
+
+def facts_of_base(model: Model, chat_template: str | None = None) -> BaseFacts:
+    """Everything of a base whose files are at hand; hashes its weights. `chat_template` is the path or URI of a Jinja
+    file instead of the tokenizer's own. Raises ModelError."""
+    from ftray.data.tokenizer import chat_template_hash, load_tokenizer, local_model_folder
+    from ftray.model.load import base_digest
+
+    template = chat_template_hash(load_tokenizer(model, chat_template)) or ""
+    return BaseFacts(model.path, find_shapes(model)[0], base_digest(local_model_folder(model)), template)
