@@ -27,11 +27,9 @@ def shapes_alone(model: Model) -> BaseFacts:
     return BaseFacts(model.path, find_shapes(model)[0])
 
 
-def facts_of_base(model: Model, chat_template: str | None = None) -> BaseFacts:
-    """Everything of a base whose files are at hand; hashes its weights. `chat_template` is the path or URI of a Jinja
-    file instead of the tokenizer's own. Raises ModelError."""
-    from ftray.data.tokenizer import chat_template_hash, load_tokenizer, local_model_folder
+def facts_of_base(model: Model) -> BaseFacts:
+    """With the digest of a base whose files are at hand; hashes its weights. Raises ModelError."""
+    from ftray.data.tokenizer import local_model_folder
     from ftray.model.load import base_digest
 
-    template = chat_template_hash(load_tokenizer(model, chat_template)) or ""
-    return BaseFacts(model.path, find_shapes(model)[0], base_digest(local_model_folder(model)), template)
+    return BaseFacts(model.path, find_shapes(model)[0], base_digest(local_model_folder(model)))

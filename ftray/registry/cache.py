@@ -291,7 +291,8 @@ class Cache:
         (self.folder / ".locks" / digest).unlink(missing_ok=True)
 
     def _use(self, digest: str) -> None:
-        os.utime(self.folder / digest)
+        now = time.time_ns()  # the kernel's own time of change is a few milliseconds coarse
+        os.utime(self.folder / digest, ns=(now, now))
 
     # ----------------------------------------------------------------------------------------------------------- locks
 

@@ -507,5 +507,5 @@ def _time_of(info: dict[str, Any]) -> str | None:
             except ValueError:
                 continue
         if isinstance(value, datetime):
-            return value.astimezone(UTC).isoformat(timespec="seconds")
+            return value.astimezone(UTC).isoformat(timespec="milliseconds")
     return None
