@@ -58,7 +58,7 @@ class OnLayers(AdapterSettings):
         "layers_to_transform": _EMPTY,
     }
 
-    target_modules: list[Ending] = Field(min_length=1, max_length=4096)
+    target_modules: list[Ending] = Field(min_length=1, max_length=1024)
     """Endings of the paths of the layers that have an adapter."""
 
 
@@ -161,7 +161,7 @@ class Ia3Settings(OnLayers):
     inert = OnLayers.inert | {"init_ia3_weights": (True, False)}
 
     peft_type: Literal["IA3"]
-    feedforward_modules: list[Ending] = Field(max_length=4096)
+    feedforward_modules: list[Ending] = Field(max_length=1024)
     """Those of `target_modules` whose inputs are scaled."""
 
     @model_validator(mode="after")
@@ -280,7 +280,7 @@ def _short(value: Any) -> str:
 
 # ------------------------------------------------------------------------------------------- patterns that end in time
 
-_MOST_PATTERNS = 4096
+_MOST_PATTERNS = 1024
 _LONGEST_PATTERN = 256
 _LONGEST_PATH = 64
 _MOST_WAYS = _LONGEST_PATH**2

@@ -6,6 +6,7 @@ The planner and the code that attaches a method both ask here, so that what `che
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
@@ -62,9 +63,14 @@ def by_pattern(path: str, patterns: Mapping[str, _Value], default: _Value) -> _V
     """The value of the first pattern that matches the end of a module's path, as PEFT matches `rank_pattern` and
     `alpha_pattern`."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _compiled(pattern).match(path):
             return value
     return default
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def check_patterns(method: LowRank, targeted: Sequence[str]) -> None:
