@@ -200,6 +200,7 @@ class Registry:
     def is_complete(self, ref: Ref) -> bool:
         """Whether the version counts: its `ftray.json`, which is written last, is there."""
         with self._reached():
+            self.fs.invalidate_cache()  # some drivers remember listings, and others write to the store too
             return bool(self.fs.isfile(f"{self._place_of(ref)}/{FACTS}"))
 
     def download(self, ref: Ref, name: str, size: int, to: Path) -> None:
