@@ -13,6 +13,7 @@ first and looks whether it is being removed then. So at least one of two that me
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -331,6 +332,7 @@ class Registry:
         """Remove a name with all its versions; returns their digests. Raises ArtefactError if one is pinned, or was
         published meanwhile; UnknownAdapter."""
         entry, at = self.show(tenant, name), self._place(tenant, name)
+        self.held(tenant, name)  # a damaged hold stops it here, before the pointer is gone
         kept = [version.digest for version in entry.versions if version.pinned]
         if entry.held or kept:
             ref = Ref(tenant, name, entry.digest if entry.held and entry.digest else kept[0])
@@ -354,15 +356,18 @@ class Registry:
 
     def upload(self, ref: Ref, folder: Path, facts: Facts) -> bool:
         """Put a checked adapter there, `ftray.json` last; False if it was there whole. What a broken upload left is
-        completed."""
-        at, done = self._place_of(ref), self._find(f"{ref.tenant}/{ref.name}/{ref.digest}")
-        sizes = {name: file.size for name, file in facts.files.items()}
-        missing = [name for name in sorted(sizes) if done.get(name, {}).get("size") != sizes[name]]
-        if not missing and FACTS in done and done[FACTS].get("size") == (folder / FACTS).stat().st_size:
-            return False
-        for name in [*missing, FACTS]:
+        completed, and what was damaged since is replaced."""
+        at, there = self._place_of(ref), self._find(f"{ref.tenant}/{ref.name}/{ref.digest}")
+        wanted = {name: (file.size, file.sha256) for name, file in sorted(facts.files.items())}
+        wanted[FACTS] = ((folder / FACTS).stat().st_size, ref.digest)
+        missing = [
+            name
+            for name, (size, digest) in wanted.items()
+            if name not in there or there[name].get("size") != size or self._sha256(f"{at}/{name}") != digest
+        ]
+        for name in missing:
             self._put(folder / name, f"{at}/{name}")
-        return True
+        return bool(missing)
 
     # -------------------------------------------------------------------------------------------------------- the store
 
@@ -438,6 +443,13 @@ class Registry:
             else:
                 self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
                 self.fs.put_file(os.fspath(source), path)
+
+    def _sha256(self, path: str) -> str:
+        digest = hashlib.sha256()
+        with self._reached(), self.fs.open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        return digest.hexdigest()
 
     def _delete(self, path: str) -> bool:
         """False if there was nothing."""

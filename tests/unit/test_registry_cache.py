@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -164,11 +166,16 @@ from pathlib import Path
 from ftray.registry.cache import Cache
 from ftray.registry.check import check
 from ftray.registry.ref import Ref
+from ftray.registry.store import Registry
 from tests.adapters import BASE
-from tests.unit.test_registry_cache import Counting
+
+class Slow(Registry):
+    def download(self, *args):
+        time.sleep(0.1)
+        super().download(*args)
 
 folder, limit, uri, digest, start = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], Path(sys.argv[5])
-cache = Cache(folder, limit, Counting(uri, 0.1), BASE)
+cache = Cache(folder, limit, Slow(uri), BASE)
 print("ready", flush=True)
 while not start.exists():
     time.sleep(0.005)
@@ -204,6 +211,25 @@ def test_the_longest_unused_go_first(tmp_path, registry):
     assert kept(cache) == {a.digest, c.digest}
     assert cache.evicted == 1
     assert sorted(p.name for p in (cache.folder / ".locks").iterdir()) == sorted([a.digest, c.digest, "room"])
+
+
+def test_who_waited_for_a_lock_that_was_removed_takes_the_new_one(tmp_path, registry):
+    """Else it would use an adapter under a lock that nobody else sees."""
+    cache, digest, got = cache_of(tmp_path, registry), "0" * 64, threading.Event()
+
+    def wait() -> None:
+        with cache._lock(digest, fcntl.LOCK_SH):
+            got.set()
+
+    with ThreadPoolExecutor(1) as pool, ExitStack() as newer:
+        with cache._lock(digest, fcntl.LOCK_EX):
+            future = pool.submit(wait)
+            time.sleep(0.2)
+            cache._forget_lock(digest)
+            newer.enter_context(cache._lock(digest, fcntl.LOCK_EX))
+        assert not got.wait(0.5)
+        newer.close()
+        future.result(30)
 
 
 def test_what_is_in_use_stays_and_another_goes(tmp_path, registry):
@@ -488,17 +514,25 @@ def test_eviction_is_by_age_no_more_than_needed(kept, need, limit):
 COUNT = 5
 
 
+@functools.cache
+def _published() -> tuple[tempfile.TemporaryDirectory, Counting, list[Ref], dict[str, int]]:
+    """(what removes the folder when the tests end, a registry, adapters in it, their sizes)"""
+    temporary = tempfile.TemporaryDirectory(prefix="ftray-test-")
+    folder = Path(temporary.name)
+    registry = Counting(str(folder / "registry"))
+    refs = [put(registry, folder, seed, rank=1 + seed) for seed in range(COUNT)]
+    return temporary, registry, refs, {ref.digest: size_of(folder, seed) for seed, ref in enumerate(refs)}
+
+
 class CacheAgainstModel(RuleBasedStateMachine):
     """Any order of getting, holding, letting go and damaging, against a list in the order of use."""
 
     def __init__(self) -> None:
         super().__init__()
+        _, registry, self.refs, self.sizes = _published()
         self.folder = Path(tempfile.mkdtemp(prefix="ftray-test-"))
-        self.registry = Counting(str(self.folder / "registry"))
-        self.refs = [put(self.registry, self.folder, seed, rank=1 + seed) for seed in range(COUNT)]
-        self.sizes = {ref.digest: size_of(self.folder, seed) for seed, ref in enumerate(self.refs)}
         self.limit = int(2.3 * max(self.sizes.values()))
-        self.cache = cache_of(self.folder, self.registry, self.limit, patience_seconds=0.0)
+        self.cache = cache_of(self.folder, registry, self.limit, patience_seconds=0.0)
         self.order: OrderedDict[str, None] = OrderedDict()
         """What should be kept, the longest unused first."""
         self.held: list[tuple[str, ExitStack]] = []

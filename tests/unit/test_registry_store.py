@@ -126,6 +126,22 @@ def test_publishing_again_changes_nothing(registry, tmp_path):
     assert registry.pointer("anna", "cheese") == before
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, CARD, FACTS])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_publishing_again_mends_what_was_damaged(registry, tmp_path, name, how):
+    digest = put(registry, tmp_path, 1)
+    at = f"{registry.root}/anna/cheese/{digest}/{name}"
+    content = registry.fs.cat_file(at)
+    if how == "remove":
+        registry.fs.rm_file(at)
+    else:
+        registry.fs.pipe_file(at, content[:-1] + (bytes([content[-1] ^ 1]) if how == "flip" else b""))
+    again = publish(tmp_path / "1", registry, "anna", "cheese", BASE)
+    assert (again.uploaded, again.moved) == (True, False)
+    assert registry.fs.cat_file(at) == content
+    assert not publish(tmp_path / "1", registry, "anna", "cheese", BASE).uploaded
+
+
 def test_without_a_base_its_shapes_are_looked_up(registry, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
@@ -278,6 +294,19 @@ def test_a_hold_outlasts_publishing(registry, tmp_path):
         registry.remove_name("anna", "cheese")
     registry.unpin(ref)
     assert registry.resolve("anna", "cheese") == published.ref
+
+
+def test_a_damaged_hold_is_told_and_mended(registry, tmp_path):
+    digest = put(registry, tmp_path, 1)
+    ref = Ref("anna", "cheese", digest)
+    registry.fs.pipe_file(f"{registry.root}/anna/cheese/hold.json", b"{")
+    for call in (registry.resolve, registry.remove_name):
+        with pytest.raises(ArtefactError, match=r"hold\.json"):
+            call("anna", "cheese")
+    registry.pin(ref, hold=True)
+    assert registry.resolve("anna", "cheese") == ref
+    registry.unpin(ref)
+    assert registry.remove_name("anna", "cheese") == [digest]
 
 
 def test_what_is_not_there_cannot_be_pinned(registry, tmp_path):
