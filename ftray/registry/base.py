@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftray.config import Model
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,11 @@ def facts_of_base(model: Model) -> BaseFacts:
     from ftray.model.load import base_digest
 
     return BaseFacts(model.path, find_shapes(model)[0], base_digest(local_model_folder(model)))
+
+
+def served_base(model: Model, digest: str, tokenizer: PreTrainedTokenizerBase) -> BaseFacts:
+    """What a server asks of adapters, of a base that it has loaded: its digest, and a tokenizer with the chat template
+    that prompts are rendered with. Raises ModelError."""
+    from ftray.data.tokenizer import chat_template_hash
+
+    return BaseFacts(model.path, find_shapes(model)[0], digest, chat_template_hash(tokenizer) or "")

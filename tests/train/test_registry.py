@@ -14,14 +14,14 @@ from safetensors import safe_open
 
 from ftray.cli.main import call
 from ftray.config import Model
-from ftray.data.tokenizer import load_tokenizer
+from ftray.data.tokenizer import chat_template_hash, load_tokenizer, local_model_folder
 from ftray.errors import ArtefactError
 from ftray.model import bottleneck
 from ftray.model.adapter_config import SETTINGS, BottleneckSettings, read_settings
 from ftray.model.expected import expected_tensors
 from ftray.model.load import base_digest
 from ftray.model.source import find_shapes, shapes_of_module
-from ftray.registry.base import BaseFacts, facts_of_base
+from ftray.registry.base import BaseFacts, facts_of_base, served_base
 from ftray.registry.cache import Cache
 from ftray.registry.facts import CONFIG, WEIGHTS
 from ftray.registry.publish import publish
@@ -204,6 +204,22 @@ def test_the_base_of_another_training_is_another_base(tmp_path, bases):
         publish(artefact, str(tmp_path / "registry"), "anna", "a", other)
     assert not os.path.exists(tmp_path / "registry")
     assert publish(artefact, str(tmp_path / "registry"), "anna", "a").moved  # shapes alone fit
+
+
+def test_a_server_takes_adapters_of_its_base_and_template_alone(tmp_path):
+    model = Model(path="embedded")
+    tokenizer = load_tokenizer(model)
+    data = MemoryData(ROWS)
+    data.facts["chat_template_hash"] = chat_template_hash(tokenizer)
+    run = toy_run(tmp_path / "run", "train.steps=2")
+    train_worker(run, data, World(), Recorder())  # type: ignore[arg-type]
+    base = served_base(model, base_digest(local_model_folder(model)), tokenizer)
+    assert base.digest == facts_of_base(model).digest
+    ref = publish(tmp_path / "run" / "artefact", str(tmp_path / "registry"), "anna", "a", base).ref
+    tokenizer.chat_template = "{{ messages }}"
+    other = served_base(model, base.digest, tokenizer)
+    with pytest.raises(ArtefactError, match="trained with the chat template"):
+        Cache(tmp_path / "cache", 1 << 30, str(tmp_path / "registry"), other).get(ref).__enter__()
 
 
 def test_an_adapter_of_one_family_does_not_fit_another(tmp_path, bases):
