@@ -205,8 +205,10 @@ def _worker_main(config: dict[str, Any]) -> None:
     channel = _BoardChannel(config["board"], world.rank)
     if channel.has_failed():  # started again only because one worker failed for good while others waited for it
         return
+    restarts = channel.begin() - 1 if world.is_first else 0
     try:
-        summary = train_worker(Run.model_validate(config["run"]), PreparedData.open(config["data"]), world, channel)
+        run, data = Run.model_validate(config["run"]), PreparedData.open(config["data"])
+        summary = train_worker(run, data, world, channel, restarts=restarts)
     except FtrayError as error:
         if not channel.fail(error, world.size):
             raise
@@ -230,6 +232,11 @@ class Board:
         self._failures = 0
         self._summary: dict[str, Any] | None = None
         self._crashes: list[str] = []
+        self._begun = 0
+
+    def begin(self) -> int:
+        self._begun += 1
+        return self._begun
 
     def push(self, events: list[dict[str, Any]]) -> bool:
         self._events += events
@@ -266,6 +273,12 @@ class _BoardChannel:
         self._pushed_at = 0.0
         self._answer: Any = None
         self._stop = False
+
+    def begin(self) -> int:
+        """Groups of workers that began so far, this one included. For one worker of a group to ask."""
+        import ray
+
+        return ray.get(self._board.begin.remote())
 
     def emit(self, event: dict[str, Any]) -> None:
         self._waiting.append(event)
@@ -354,8 +367,6 @@ def _tracked(run: Run, on_event: Emit) -> Iterator[Emit]:
 
     def event_and_trackers(event: dict[str, Any]) -> None:
         nonlocal sinks
-        if event["kind"] == "start" and sinks:
-            on_event({"kind": "warning", "text": "a worker was lost; Ray Train started the group again"})
         on_event(event)
         if event["kind"] == "start":
             stand_aside()
