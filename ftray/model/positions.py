@@ -7,7 +7,7 @@ from ftray.errors import ModelError
 
 
 def refuse_positions(run: Run, positions: int | None) -> None:
-    """Raises ModelError where virtual tokens and rows together are longer than the base's `positions`; None: unknown."""
+    """Raises ModelError where virtual tokens and rows together need more than the base's `positions`; None: unknown."""
     tokens = run.method.virtual_tokens + run.method.prefix_tokens
     if not tokens or positions is None or tokens + run.data.max_length <= positions:
         return
