@@ -7,6 +7,7 @@
     │   ├── ModelError          a base, a tokenizer, a method that does not fit it
     │   ├── ArtefactError       a commit, an adapter, a manifest
     │   └── RequestError        a request to the engine that can never be answered
+    ├── QueueFull               the engine has as much waiting as it may; later it will take the same request
     ├── RunError                a run that started and could not go on; exit code 3
     └── RunStopped              a run that was asked to stop and committed first; exit code 75
 
@@ -66,6 +67,10 @@ class ArtefactError(UserError):
 
 
 class RequestError(UserError):
+    pass
+
+
+class QueueFull(FtrayError):
     pass
 
 

@@ -1,0 +1,212 @@
+"""Slots: keys and values of the sequences that are being generated, and the attention that reads them.
+
+The base's forward pass is transformers' own; only its attention goes here. A step's tokens lie in one row: first one
+token for each sequence that decodes, then pieces of prompts. Linear layers see the row; attention writes the row's keys
+and values to their slots and lets every token see its own slot up to itself.
+
+Places are kept page by page, so that what the longest sequence needs is one contiguous block of memory, whatever a slot
+could hold: batched products copy any other (measured, 32 slots of 512 places, 16 heads of 64, bf16, 2 cores: at length
+200 1.6 ms by pages, 4.1 ms as [slots, heads, places, D]; at 500 3.1 and 12.9).
+
+Shapes: S slots, N pages of PAGE places, T tokens of a step, H heads, K key heads, G = H / K, D a head, n decoding
+tokens, R rows of their product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftray.errors import ModelError
+
+IMPLEMENTATION = "ftray_slots"
+PAGE = 64
+SPARSE = 3
+"""Decoding slots are copied together when all slots are more than this many times as many: a copy reads and writes what
+the product would read."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of tokens of one sequence in a step."""
+
+    slot: int
+    place: int
+    """Of its first token: how many tokens of the sequence come before."""
+    count: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the tokens of a step belong. Tensors are on the slots' device."""
+
+    positions: Tensor
+    """int64 [T]: of each token in its sequence."""
+    slots: Tensor
+    page: Tensor
+    places: Tensor
+    """int64 [T]: where in the pages its key and value go."""
+    decoding: int
+    """n: the first tokens, one of each sequence; the order of their slots is the batch's own."""
+    chosen: Tensor | None
+    """int64 [R]: the slots that their attention runs over, copied together. None: over all as they lie."""
+    rows: Tensor | None
+    """int64 [n]: the row of that product at which each decoding token stands. None: in order, one each."""
+    lengths: Tensor
+    """int64 [R]: places that each row's sequence takes, its new token included; 1 for rows without one."""
+    pages: int
+    """That the longest of them takes."""
+    pieces: tuple[tuple[Piece, int], ...]
+    """Pieces of prompts, and the first token of each."""
+
+
+class Slots:
+    """Keys and values [N, S, K, PAGE, D] of each layer, in which a model's attention reads and writes from now on."""
+
+    def __init__(self, model: Any, count: int, places: int) -> None:
+        config = model.config.get_text_config()
+        layers = config.num_hidden_layers
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (-(-places // PAGE), count, heads, PAGE, width)
+        self.count, self.device = count, model.device
+        self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)]
+        self.step: Step | None = None
+        found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+        if len(found) != layers:
+            family = config.model_type
+            raise ModelError(
+                f"the attention of family {family!r} does not use transformers' attention interface",
+                hint="take a base of Llama's, Mistral's, Qwen's, Gemma 3's, GPT-2's or GPT-NeoX's family",
+            )
+        for module in found:
+            module.ftray_slots = self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in [*self.keys, *self.values])
+
+    def plan(self, decoding: Sequence[Piece], prompts: Sequence[Piece]) -> Step:
+        """The step that has one token for each of `decoding` and the pieces of `prompts`, in this order."""
+        slots = [piece.slot for piece in decoding]
+        places = [piece.place for piece in decoding]
+        n = len(slots)
+        sparse = self.count > SPARSE * n
+        rows = list(range(n)) if sparse else slots[:]
+        lengths = [1] * (n if sparse else self.count)
+        for row, place in zip(rows, places, strict=True):
+            lengths[row] = place + 1
+        starts = []
+        for piece in prompts:
+            starts.append((piece, len(slots)))
+            slots += [piece.slot] * piece.count
+            places += range(piece.place, piece.place + piece.count)
+        positions = self._tensor(places)
+        return Step(
+            positions,
+            self._tensor(slots),
+            positions // PAGE,
+            positions % PAGE,
+            n,
+            self._tensor(slots[:n]) if sparse else None,
+            None if rows == list(range(len(lengths))) else self._tensor(rows),
+            self._tensor(lengths),
+            -(-max(lengths, default=1) // PAGE),
+            tuple(starts),
+        )
+
+    def copy(self, source: int, target: int, places: int) -> None:
+        """The first `places` places of a slot to another."""
+        pages = -(-places // PAGE)
+        for tensor in [*self.keys, *self.values]:
+            tensor[:pages, target] = tensor[:pages, source]
+
+    def fill(self, slot: int, prefix: Tensor) -> None:
+        """Write `prefix` [layers, 2, K, V, D] to the first V places."""
+        for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for tensor, whole in zip(pair, prefix[layer].to(self.device), strict=True):
+                for page, part in enumerate(whole.split(PAGE, 1)):
+                    tensor[page, slot, :, : part.shape[1]] = part
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, H, T, D] → ([1, T, H, D], None)."""
+    slots: Slots = module.ftray_slots  # type: ignore[assignment]
+    step, layer = slots.step, module.layer_idx
+    assert step is not None, "attention outside of a step of the engine"
+    keys, values = slots.keys[layer], slots.values[layer]  # type: ignore[index]
+    keys[step.page, step.slots, :, step.places] = key[0].transpose(0, 1)
+    values[step.page, step.slots, :, step.places] = value[0].transpose(0, 1)
+    scale = scaling or query.shape[-1] ** -0.5
+    tokens = query[0].transpose(0, 1)  # [T, H, D]
+    out = []
+    if step.decoding:
+        out.append(_decode(step, tokens[: step.decoding], keys, values, scale, sliding_window))
+    for piece, start in step.pieces:
+        out.append(_read(piece, tokens[start : start + piece.count], keys, values, scale, sliding_window))
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _decode(step: Step, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """[n, H, D] → [n, H, D]; the G heads that share keys stand where other products have queries."""
+    keys, values = keys[: step.pages], values[: step.pages]
+    if step.chosen is not None:
+        keys, values = (x.index_select(1, step.chosen) for x in (keys, values))
+    pages, rows, heads = keys.shape[:3]
+    own = query.unflatten(1, (heads, -1))  # [n, K, G, D]
+    if step.rows is not None:
+        own = own.new_zeros(rows, *own.shape[1:]).index_copy_(0, step.rows, own)
+    place = torch.arange(pages * PAGE, device=query.device)
+    hidden = place >= step.lengths[:, None]
+    if window is not None:
+        hidden |= place < step.lengths[:, None] - window
+    scores = own.expand(pages, *own.shape) @ keys.mT  # [N, R, K, G, PAGE]
+    scores = scores.permute(1, 2, 3, 0, 4).flatten(3) * scale
+    scores.masked_fill_(hidden[:, None, None], float("-inf"))
+    shares = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+    found = (shares.unflatten(3, (pages, PAGE)).permute(3, 0, 1, 2, 4) @ values).sum(0)  # [R, K, G, D]
+    if step.rows is not None:
+        found = found.index_select(0, step.rows)
+    return found.flatten(1, 2)
+
+
+def _read(piece: Piece, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """[c, H, D] → [c, H, D]: tokens of a prompt see what is before them in their slot, and themselves."""
+    end = piece.place + piece.count
+    pages = -(-end // PAGE)
+    k, v = (x[:pages, piece.slot].transpose(0, 1).flatten(1, 2)[:, :end] for x in (keys, values))  # [K, end, D]
+    count, heads, width = query.shape
+    own = query.view(count, len(k), -1, width).permute(1, 2, 0, 3).reshape(len(k), -1, width)  # [K, G · c, D]
+    place = torch.arange(end, device=query.device)
+    now = place[piece.place :, None]
+    hidden = place > now
+    if window is not None:
+        hidden |= place <= now - window
+    scores = ((own @ k.mT) * scale).view(len(k), -1, count, end)
+    scores.masked_fill_(hidden, float("-inf"))
+    shares = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
+    return (shares.flatten(1, 2) @ v).view(heads, count, width).transpose(0, 1)
+
+
+def register() -> None:
+    """Make the implementation known to transformers. It has no mask function there, so transformers builds no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, slot_attention)
