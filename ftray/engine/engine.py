@@ -228,6 +228,7 @@ class Engine:
                 known = virtual
             sequence.done, sequence.cached = known, max(known - virtual, 0)
             self._cached_tokens += sequence.cached
+            self._queue.charge(sequence.tenant, read=sequence.undone)  # now, or it would pay for none of those it begins
             if sequence.begin >= self.context:
                 events += self._end(sequence, "error", self._too_long(sequence.request, virtual))
         return events
@@ -262,11 +263,14 @@ class Engine:
                 self.adapters.stop(sequence.held)
         if sequence.held:
             self.adapters.leave(sequence.held)
+            sequence.held = None  # the slot remembers the sequence, and need not keep the adapter in memory
         with self._lock:
             self._of_tenant[self._open.pop(sequence.id)] -= 1
             self._of_tenant += Counter()  # drops those at zero
             self._cancelled.discard(sequence.id)
         rest = sequence.text.finish() if reason in ("stop", "length") else ""
+        if reason == "length" and sequence.text.stopped:  # the rest completed a stop string
+            reason = "stop"
         last: list[Event] = [Chunk(sequence.id, rest)] if rest else []
         return [*last, Finished(sequence.id, reason, sequence.usage(), error)]
 
@@ -285,7 +289,6 @@ class Engine:
             sequence.done += piece.count
         for sequence, piece in reading:
             self._prompt_tokens += piece.count
-            self._queue.charge(sequence.tenant, read=piece.count)
         events: list[Event] = []
         for sequence, found in zip(sampled, chosen, strict=True):
             if found.error:
@@ -304,14 +307,14 @@ class Engine:
         return events
 
     def _compose(self) -> tuple[list[tuple[Sequence, Piece]], list[tuple[Sequence, Piece]]]:
-        """(sequences that write, sequences that read) in this step, each with its tokens. Those of one adapter stand
-        side by side, in the order of the pools."""
+        """(sequences that write, sequences that read) in this step, each with its tokens. Those of one adapter that write
+        stand side by side, in the order of the pools; prompts of the tenant least served are read first."""
         order = self.base.pooled.order
         writing = [s for s in self._running if s.undone == 1]
         writing.sort(key=lambda s: (order(s.digest), s.slot))
         left = max(self.step_tokens - len(writing), 8) if writing else self.prompt_tokens
         reading = []
-        for sequence in self._running:
+        for sequence in sorted(self._running, key=lambda s: self._queue.served(s.tenant)):
             if sequence.undone > 1 and left:
                 count = min(sequence.undone, left)
                 left -= count
@@ -414,4 +417,4 @@ def _end_tokens(base: Base) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's own, and those of the base's generation config."""
     more = base.model.generation_config.eos_token_id
     more = [] if more is None else [more] if isinstance(more, int) else more
-    return frozenset([base.tokenizer.eos_token_id, *more])
+    return frozenset(end for end in [base.tokenizer.eos_token_id, *more] if end is not None)
