@@ -104,6 +104,8 @@ class Engine:
         self._ends = _end_tokens(base)
         self._queue: FairQueue[Sequence] = FairQueue()
         self._table = SlotTable(options.slots)
+        self._doubtful: set[int] = set()
+        """Slots whose last sequence did not end with a good answer, so that there may be NaN in them."""
         self._running: list[Sequence] = []
         """In the order in which they began."""
         self._by_id: dict[str, Sequence] = {}
@@ -221,6 +223,9 @@ class Engine:
             assert sequence.slot is not None
             if source is not None:
                 self.slots.copy(source, sequence.slot, known)
+            if sequence.slot in self._doubtful:
+                self._doubtful.discard(sequence.slot)
+                self.slots.clear(sequence.slot, known)
             virtual = sequence.virtual_tokens
             adapter = sequence.adapter
             if adapter and adapter.prefix is not None and known < virtual <= self.context:
@@ -259,6 +264,10 @@ class Engine:
             self._running.remove(sequence)
             self._queue.done(sequence.tenant)
             self._table.give_back(sequence)
+            if reason in ("cancelled", "error"):
+                self._doubtful.add(sequence.slot)
+            if reason == "error":
+                self._table.forget(sequence.slot)
             if sequence.held:
                 self.adapters.stop(sequence.held)
         if sequence.held:
@@ -379,8 +388,6 @@ class Engine:
         """A forward pass failed: so do the requests in it, and no other."""
         events: list[Event] = []
         for sequence, _ in row:
-            assert sequence.slot is not None
-            self._table.forget(sequence.slot)
             wrong = RunError(f"the step failed: {type(error).__name__}: {error}")
             wrong.__cause__ = error
             events += self._end(sequence, "error", wrong)

@@ -122,9 +122,19 @@ class Slots:
 
     def copy(self, source: int, target: int, places: int) -> None:
         """The first `places` places of a slot to another."""
-        pages = -(-places // PAGE)
+        pages, rest = divmod(places, PAGE)
         for tensor in [*self.keys, *self.values]:
             tensor[:pages, target] = tensor[:pages, source]
+            if rest:
+                tensor[pages, target, :, :rest] = tensor[pages, source, :, :rest]
+
+    def clear(self, slot: int, first: int) -> None:
+        """Forget the values from place `first` on. A sequence gives no weight to what lies behind its own in the last
+        page, but no weight times NaN would be NaN."""
+        page, place = divmod(first, PAGE)
+        for tensor in self.values:
+            tensor[page : page + 1, slot, :, place:] = 0
+            tensor[page + 1 :, slot] = 0
 
     def fill(self, slot: int, prefix: Tensor) -> None:
         """Write `prefix` [layers, 2, K, V, D] to the first V places."""
