@@ -23,6 +23,7 @@ from ftray.engine.adapters import Adapters
 from ftray.engine.choice import Choice
 from ftray.engine.grammar import Grammars
 from ftray.engine.options import EngineOptions
+from ftray.engine.probe import try_slots
 from ftray.engine.request import Chunk, Event, Finished, Request
 from ftray.engine.sampling import Sampler
 from ftray.engine.scheduler import FairQueue
@@ -45,9 +46,16 @@ def load_base(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> Base:
-    """A base for an engine. Raises ModelError."""
+    """A base for an engine. Raises ModelError, also for a family whose attention slots cannot do."""
     slots.register()
-    return Base(source, attention=slots.IMPLEMENTATION, quantized=quantized, dtype=dtype, device=device)
+    try:
+        base = Base(source, attention=slots.IMPLEMENTATION, quantized=quantized, dtype=dtype, device=device)
+    except KeyError as error:
+        if error.args != (slots.IMPLEMENTATION,):
+            raise
+        raise slots.no_interface("this base") from None
+    try_slots(base)
+    return base
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,7 @@ class Engine:
     def __init__(self, base: Base, load: Callable[[Ref], Adapter], options: EngineOptions | None = None) -> None:
         self.base, self.options = base, options or EngineOptions()
         options, cpu = self.options, base.model.device.type == "cpu"
-        allowed = getattr(base.config, "max_position_embeddings", None) or 4096
-        self.context = min(options.context or 4096, allowed)
+        self.context = min(options.context or 4096, _positions(base.config))
         self.step_tokens = options.step_tokens or (2 * options.slots if cpu else options.slots + 512)
         self.prompt_tokens = options.prompt_tokens or (256 if cpu else 4096)
         self.slots = Slots(base.model, options.slots, self.context)
@@ -233,7 +240,7 @@ class Engine:
                 known = virtual
             sequence.done, sequence.cached = known, max(known - virtual, 0)
             self._cached_tokens += sequence.cached
-            self._queue.charge(sequence.tenant, read=sequence.undone)  # now, or it would pay for none of those it begins
+            self._queue.charge(sequence.tenant, read=sequence.undone)
             if sequence.begin >= self.context:
                 events += self._end(sequence, "error", self._too_long(sequence.request, virtual))
         return events
@@ -296,8 +303,7 @@ class Engine:
         self._steps += 1
         for sequence, piece in [*writing, *reading]:
             sequence.done += piece.count
-        for sequence, piece in reading:
-            self._prompt_tokens += piece.count
+        self._prompt_tokens += sum(piece.count for _, piece in reading)
         events: list[Event] = []
         for sequence, found in zip(sampled, chosen, strict=True):
             if found.error:
@@ -316,7 +322,7 @@ class Engine:
         return events
 
     def _compose(self) -> tuple[list[tuple[Sequence, Piece]], list[tuple[Sequence, Piece]]]:
-        """(sequences that write, sequences that read) in this step, each with its tokens. Those of one adapter that write
+        """(sequences that write, sequences that read) in this step, each with its tokens. Writing ones of one adapter
         stand side by side, in the order of the pools; prompts of the tenant least served are read first."""
         order = self.base.pooled.order
         writing = [s for s in self._running if s.undone == 1]
@@ -418,6 +424,16 @@ class Engine:
 def _piece(sequence: Sequence, count: int) -> Piece:
     assert sequence.slot is not None
     return Piece(sequence.slot, sequence.done, count)
+
+
+def _positions(config: Any) -> int:
+    """Positions that the base has. LongRoPE turns all sequences of a step otherwise as soon as one of them is longer
+    than what the base was first trained on, so none may be."""
+    allowed = getattr(config, "max_position_embeddings", None) or 4096
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+    longest = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min([allowed, *longest])
 
 
 def _end_tokens(base: Base) -> frozenset[int]:

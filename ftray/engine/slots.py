@@ -70,6 +70,9 @@ class Slots:
     def __init__(self, model: Any, count: int, places: int) -> None:
         config = model.config.get_text_config()
         layers = config.num_hidden_layers
+        found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+        if len(found) != layers:
+            raise no_interface(f"family {config.model_type!r}")
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (-(-places // PAGE), count, heads, PAGE, width)
@@ -77,13 +80,6 @@ class Slots:
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)]
         self.step: Step | None = None
-        found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
-        if len(found) != layers:
-            family = config.model_type
-            raise ModelError(
-                f"the attention of family {family!r} does not use transformers' attention interface",
-                hint="take a base of Llama's, Mistral's, Qwen's, Gemma 3's, GPT-2's or GPT-NeoX's family",
-            )
         for module in found:
             module.ftray_slots = self
 
@@ -213,6 +209,13 @@ def _read(piece: Piece, query: Tensor, keys: Tensor, values: Tensor, scale: floa
     scores.masked_fill_(hidden, float("-inf"))
     shares = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
     return (shares.flatten(1, 2) @ v).view(heads, count, width).transpose(0, 1)
+
+
+def no_interface(whose: str) -> ModelError:
+    return ModelError(
+        f"the attention of {whose} does not use transformers' attention interface",
+        hint="take a base of Llama's, Mistral's, Qwen's, Gemma 3's, GPT-2's or GPT-NeoX's family",
+    )
 
 
 def register() -> None:
