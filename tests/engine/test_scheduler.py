@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ftray.engine.request import Request
-from ftray.engine.scheduler import READ, WRITTEN, FairQueue
+from ftray.engine.scheduler import READ, WRITTEN, FairQueue, shares
 from ftray.engine.sequence import WORTH_COPYING, Sequence, SlotTable, common
 from ftray.registry.ref import Ref
 
@@ -134,11 +134,11 @@ def test_what_a_tenant_owed_is_forgotten_once_others_have_had_as_much():
     assert queue.pop(lambda _: True) == 1
     queue.charge("a", read=100)
     queue.done("a")
-    assert queue.served("a") == 100
+    assert queue._served["a"] == 100
     assert queue.pop(lambda _: True) == 2
     queue.charge("b", read=150)
     queue.push("c", 3)  # level with b
-    assert queue.served("c") == 150
+    assert queue._served["c"] == 150
     queue.remove("c", 3)
     assert queue._served.keys() == {"b"}
     queue.done("b")
@@ -157,13 +157,13 @@ def test_counters_never_fall_below_those_of_who_is_there(actions):
             was_here = tenant in queue._active()
             queue.push(tenant, number)
             if here and not was_here:
-                assert queue.served(tenant) >= min(queue.served(t) for t in here)
+                assert queue._served[tenant] >= min(queue._served[t] for t in here)
         elif action == "pop":
             before = {item: t for t, items in queue._waiting.items() for item in items}
-            least = min((queue.served(t) for t in queue._waiting), default=0)
+            least = min((queue._served[t] for t in queue._waiting), default=0)
             item = queue.pop(lambda _: True)
             if item is not None:
-                assert queue.served(before[item]) == least
+                assert queue._served[before[item]] == least
                 running.append(before[item])
         elif action == "done" and tenant in running:
             running.remove(tenant)
@@ -214,6 +214,17 @@ def test_removed_items_are_never_served():
     assert [queue.pop(lambda _: True) for _ in range(3)] == [1, 3, None]
     with pytest.raises(KeyError):
         queue.remove("a", 1)
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 50)), st.integers(0, 200))
+def test_shares_are_as_even_as_wishes_allow(wanted, left):
+    found = shares(wanted, left)
+    assert found.keys() == wanted.keys()
+    assert sum(found.values()) == min(left, sum(wanted.values()))
+    unmet = [found[tenant] for tenant in wanted if found[tenant] < wanted[tenant]]
+    assert all(0 <= found[tenant] <= wanted[tenant] for tenant in wanted)
+    if unmet:
+        assert max(found.values()) - min(unmet) <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------ slots
