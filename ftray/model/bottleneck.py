@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ftray import config
 from ftray.errors import ArtefactError, ModelError
 
-_NAME = "bottleneck_adapter"
+NAME = "bottleneck_adapter"
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -75,12 +75,12 @@ def insert(model: Any, settings: Settings) -> None:
     hidden = model.config.get_text_config().hidden_size
     for part in _places(model, settings.placement):
         device = next(part.parameters()).device
-        part.add_module(_NAME, BottleneckAdapter(hidden, settings).to(device))
+        part.add_module(NAME, BottleneckAdapter(hidden, settings).to(device))
         part.register_forward_hook(_adapt)
 
 
 def _adapt(part: nn.Module, _inputs: Any, output: Any) -> Any:
-    adapter = part.get_submodule(_NAME)
+    adapter = part.get_submodule(NAME)
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
 
@@ -109,7 +109,7 @@ def _unknown(model: Any, why: str) -> ModelError:
 
 
 def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if f".{_NAME}." in name}
+    return {name: p for name, p in model.named_parameters() if f".{NAME}." in name}
 
 
 # --------------------------------------------------------------------------------------------------------- on the disk
@@ -166,4 +166,4 @@ def _expected(model: Any, settings: Settings) -> dict[str, tuple[int, ...]]:
         adapter = BottleneckAdapter(hidden, settings)
     names = {module: name for name, module in model.named_modules()}
     places = [names[part] for part in _places(model, settings.placement)]
-    return {f"{at}.{_NAME}.{key}": tuple(p.shape) for at in places for key, p in adapter.named_parameters()}
+    return {f"{at}.{NAME}.{key}": tuple(p.shape) for at in places for key, p in adapter.named_parameters()}

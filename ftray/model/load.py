@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftray.config import Run
+from ftray.config import Model, Run
 from ftray.data.tokenizer import local_model_folder
 from ftray.errors import ModelError
 from ftray.manifest import sha256
@@ -32,38 +32,65 @@ def load_base(
     `train.precision`. With `division`, DeepSpeed's configuration of ZeRO 3, the base is created divided. Raises
     ModelError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     attention.register()
-    folder = local_model_folder(run.model)
     own = run.method.name == "full" or (division is not None and not run.method.frozen_base)
     whole_in_fp32 = own and run.train.optimizer != "mezo"  # ZeRO 3 divides all weights in one type
     dtype = torch.float32 if whole_in_fp32 else DTYPES[run.train.precision]
-    options: dict[str, Any] = {
-        "trust_remote_code": run.model.trust_remote_code,
-        "attn_implementation": attention.IMPLEMENTATION,
-        "dtype": dtype,
-    }
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no usable config.json: {_first_line(error)}", where=folder) from None
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ModelError(
-            "this base caps its attention scores (attn_logit_softcapping), which packed attention cannot do yet",
-            where=f"{folder}/config.json",
-            hint="take a base without it, such as Gemma 3, Llama, Mistral or Qwen",
-        )
+    folder, config, options = _prepared(run.model, dtype, attention.IMPLEMENTATION)
     if division is not None:
         return _load_divided(run, folder, config, options, division), []
     if run.model.random_weights:
         torch.manual_seed(run.seed)
         return AutoModelForCausalLM.from_config(config, **options).to(device), []
+    double = run.method.double_quantization if run.method.quantized else None  # type: ignore[union-attr]
+    return _loaded(folder, config, options, device, double)
+
+
+def load_frozen(
+    model: Model, *, quantized: bool, dtype: torch.dtype, device: torch.device | str, attention: str
+) -> tuple[Any, list[str]]:
+    """(a base that nothing trains, names of the linear layers that had to stay unquantized). NF4 is with double
+    quantization. `attention` names an implementation that transformers knows. Raises ModelError."""
+    folder, config, options = _prepared(model, dtype, attention)
+    loaded, unquantized = _loaded(folder, config, options, device, True if quantized else None)
+    return loaded.requires_grad_(False), unquantized
+
+
+def _prepared(model: Model, dtype: torch.dtype, attention: str) -> tuple[str, Any, dict[str, Any]]:
+    """(folder, its config, options of transformers' loading)"""
+    from transformers import AutoConfig
+
+    folder = local_model_folder(model)
+    options = {
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": attention,
+        "dtype": dtype,
+    }
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no usable config.json: {_first_line(error)}", where=folder) from None
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ModelError(
+            "this base caps its attention scores (attn_logit_softcapping), which ftray's attention cannot do yet",
+            where=f"{folder}/config.json",
+            hint="take a base without it, such as Gemma 3, Llama, Mistral or Qwen",
+        )
+    return folder, config, options
+
+
+def _loaded(
+    folder: str, config: Any, options: dict[str, Any], device: torch.device | str, double_quantization: bool | None
+) -> tuple[Any, list[str]]:
+    """`double_quantization` None: not in NF4."""
+    from transformers import AutoModelForCausalLM
 
     unquantized: list[str] = []
-    if run.method.quantized:
-        head, unquantized = misfits(config, run.model.trust_remote_code)
-        options["quantization_config"] = _nf4(run, [head, *unquantized])
+    if double_quantization is not None:
+        head, unquantized = misfits(config, options["trust_remote_code"])
+        options["quantization_config"] = _nf4(double_quantization, options["dtype"], [head, *unquantized])
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map={"": device}, output_loading_info=True, use_safetensors=True, **options
@@ -170,14 +197,14 @@ def largest_parameter(run: Run) -> int:
     return max(p.numel() for p in model.parameters())
 
 
-def _nf4(run: Run, skip: list[str]):
+def _nf4(double_quantization: bool, compute: torch.dtype, skip: list[str]) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=run.method.double_quantization,  # type: ignore[union-attr]
-        bnb_4bit_compute_dtype=DTYPES[run.train.precision],
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=skip,
     )
 
