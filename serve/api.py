@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from importlib import resources
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import orjson
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ValidationError
@@ -66,38 +66,37 @@ def create_api(endpoint: Endpoint) -> ASGIApp:
 
 
 def _add_openai(api: FastAPI, endpoint: Endpoint) -> None:
-    async def caller(authorization: Annotated[str | None, Header()] = None) -> tuple[Caller, Limits]:
-        who, limits = await endpoint.caller(authorization)
+    async def admitted(request: Request) -> tuple[Caller, Limits]:
+        who, limits = await endpoint.caller(request.headers.get("authorization"))
+        request.state.tenant = who.tenant
         endpoint.quotas.admit_request(who.tenant, limits)
         return who, limits
 
-    Who = Annotated[tuple[Caller, Limits], Depends(caller)]
-
     @api.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest), responses=_ANSWERS)
-    async def chat_completions(request: Request, who: Who) -> Response:
-        return await answered(request, who, ChatRequest)
+    async def chat_completions(request: Request) -> Response:
+        return await answered(request, ChatRequest)
 
     @api.post("/v1/completions", openapi_extra=_takes(CompletionRequest), responses=_ANSWERS)
-    async def completions(request: Request, who: Who) -> Response:
-        return await answered(request, who, CompletionRequest)
+    async def completions(request: Request) -> Response:
+        return await answered(request, CompletionRequest)
 
-    async def answered(request: Request, who: tuple[Caller, Limits], kind: Any) -> Response:
-        request.state.tenant = who[0].tenant
+    async def answered(request: Request, kind: Any) -> Response:
+        who, limits = await admitted(request)
         body = read_body(await request.body(), kind)
-        served = await endpoint.begin(request.state.id, *who, body, request.state.arrived)
+        served = await endpoint.begin(request.state.id, who, limits, body, request.state.arrived)
         return EventStream(endpoint, served) if body.stream else Answered(await endpoint.whole(served))
 
     @api.get("/v1/models")
-    async def models(request: Request, who: Who) -> Response:
-        request.state.tenant = who[0].tenant
-        names = await endpoint.catalog.names(who[0])
-        return Answered({"object": "list", "data": [_model(name, endpoint, who[0]) for name in names]})
+    async def models(request: Request) -> Response:
+        who, _ = await admitted(request)
+        names = await endpoint.catalog.names(who)
+        return Answered({"object": "list", "data": [_model(name, endpoint, who) for name in names]})
 
     @api.get("/v1/models/{model:path}", responses=_REFUSALS)
-    async def model(request: Request, model: str, who: Who) -> Response:
-        request.state.tenant = who[0].tenant
-        await endpoint.catalog.choose(who[0], model)
-        return Answered(_model(model, endpoint, who[0]))
+    async def model(request: Request, model: str) -> Response:
+        who, _ = await admitted(request)
+        await endpoint.catalog.choose(who, model)
+        return Answered(_model(model, endpoint, who))
 
 
 def _model(name: str, endpoint: Endpoint, caller: Caller) -> dict[str, Any]:
@@ -121,10 +120,10 @@ def _add_health(api: FastAPI, endpoint: Endpoint) -> None:
         return Answered(found, 200 if ready else 503)
 
     @api.get("/metrics", response_class=Response)
-    async def metrics(request: Request, authorization: Annotated[str | None, Header()] = None) -> Response:
+    async def metrics(request: Request) -> Response:
         """Prometheus's text format; for this machine, or with the admin key."""
         if not is_loopback(request.scope):
-            check_admin(endpoint, authorization)
+            check_admin(endpoint, request.headers.get("authorization"))
         page = endpoint.metrics.page(await endpoint.link.stats())
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -137,8 +136,8 @@ class Which(BaseModel, extra="forbid"):
 
 
 def _add_admin(api: FastAPI, endpoint: Endpoint) -> None:
-    async def admin(authorization: Annotated[str | None, Header()] = None) -> None:
-        check_admin(endpoint, authorization)
+    async def admin(request: Request) -> None:
+        check_admin(endpoint, request.headers.get("authorization"))
 
     guard = [Depends(admin)]
 
@@ -162,7 +161,7 @@ def _add_admin(api: FastAPI, endpoint: Endpoint) -> None:
     @api.get("/admin/adapters", dependencies=guard, responses=_REFUSALS)
     async def adapters(tenant: str | None = None) -> Response:
         """Every name with its versions, and which lie in a replica's memory."""
-        entries = await changed(registry().list, tenant)
+        entries = await changed(registry().entries, tenant)
         lying = {ref.digest for stats in await endpoint.link.stats() for ref in stats["resident"]}
         return Answered({"adapters": [_entry(entry, lying) for entry in entries]})
 
@@ -343,8 +342,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
         own = uuid.uuid4().hex  # what a client calls its request need not be unique
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
         id = given if _REQUEST_ID.match(given) else own
         state = scope.setdefault("state", {})
         state.update(id=own, arrived=time.monotonic(), tenant="")
@@ -354,8 +353,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                kept = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
-                message["headers"] = [*kept, (b"x-request-id", id.encode()), *_HEADERS]
+                message["headers"] = [*message["headers"], *_HEADERS]  # Ray Serve adds the request's id
             await send(message)
 
         try:
@@ -432,7 +430,10 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     },
 }
 _ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or its stream.", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {
+        "description": "The answer, or its stream.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
     **_REFUSALS,
 }
 _ERROR = {

@@ -30,8 +30,8 @@ def build(args: dict[str, Any]) -> Any:
 
 
 def application(config: ServeConfig) -> Any:
-    engine = serve.deployment(EngineReplica, name="Engine").options(**engine_options(config))
-    ingress = serve.deployment(_ingress_class(), name="Ingress").options(**ingress_options(config))
+    engine: Any = serve.deployment(name="Engine", **engine_options(config))(EngineReplica)
+    ingress: Any = serve.deployment(name="Ingress", **ingress_options(config))(serve.ingress()(Ingress))
     return ingress.bind(config.dump(), engine.bind(config.dump()))
 
 
@@ -124,7 +124,3 @@ class Ingress:
         from .api import create_api
 
         return create_api(self.endpoint)
-
-
-def _ingress_class() -> Any:
-    return serve.ingress()(Ingress)

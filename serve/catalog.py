@@ -9,9 +9,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from ftray.registry.store import Registry
+
 from ftray.errors import ArtefactError, ConfigError, RunError
 from ftray.registry.ref import DEFAULT_TENANT, Ref, parse_name
-from ftray.registry.store import Registry
 
 from .errors import ApiError, model_not_found
 from .tenants import Tenants
@@ -88,7 +89,7 @@ class Catalog:
 
         def read() -> list[str]:
             assert self.registry is not None
-            return [entry.full_name for entry in self.registry.list(tenant) if entry.digest]
+            return [entry.full_name for entry in self.registry.entries(tenant) if entry.digest]
 
         return await self._lists.get(tenant, lambda: ask(read))
 

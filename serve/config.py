@@ -173,7 +173,7 @@ class ServeFile(Strict):
     @classmethod
     def _one(cls, value: Any) -> Any:
         if isinstance(value, list) and len(value) > 1:
-            raise ValueError(f"one application is expected, here are {len(value)}; deploy others from files of their own")
+            raise ValueError(f"one application is expected, here are {len(value)}; others go into files of their own")
         return value
 
     @property

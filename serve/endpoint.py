@@ -334,4 +334,3 @@ class Endpoint:
 def pause_seconds(streams: int, messages_per_second: float) -> float:
     """Seconds between the messages of one stream, so that all together send no more than so many."""
     return streams / messages_per_second if streams > 1 else 0.0
-

@@ -30,7 +30,7 @@ class _Bucket:
 
 @dataclass
 class _Account:
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     requests: _Bucket | None = None
     tokens: _Bucket | None = None
     running: int = 0

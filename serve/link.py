@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from ftray.engine.request import Chunk, Event, Finished, Request
 
 from .errors import ApiError, of_engine, overloaded, replica_lost
-from .wire import Accepted, Refused, merge
+from .wire import Accepted, Refused, Reply, merge
 
 log = logging.getLogger("ray.serve")
 STATS_SECONDS = 5.0
@@ -22,7 +22,7 @@ LATE_SECONDS = 10.0
 class Replicas(Protocol):
     """What a link asks of Ray Serve's handle; the tests have another."""
 
-    def run(self, request: Request, ingress: str, streams: bool) -> AsyncGenerator[Accepted | Refused | list[Event], None]: ...
+    def run(self, request: Request, ingress: str, streams: bool) -> AsyncGenerator[Reply, None]: ...
 
     def events(self, ingress: str, replica: str) -> AsyncGenerator[list[Event], None]: ...
 
@@ -199,7 +199,9 @@ class Link:
 
 
 def _log_lost(answer: Answer, error: Exception) -> None:
-    log.warning("request %s lost its replica %s: %s: %s", answer.request.id, answer.replica, type(error).__name__, error)
+    log.warning(
+        "request %s lost its replica %s: %s: %s", answer.request.id, answer.replica, type(error).__name__, error
+    )
 
 
 def texts(events: list[Event]) -> tuple[list[Chunk], Finished | None]:

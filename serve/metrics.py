@@ -10,14 +10,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
+disable_created_metrics()  # a series more for each, for what nobody draws
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 WHO = ("tenant", "adapter")
 """Of most series: the tenant's id and the adapter's digest, cut to 12 digits; `base` without one."""
+
+
+ENGINE_GAUGES = {
+    "ftray_engine_slots": ("slots", "Requests that a replica can answer at once."),
+    "ftray_engine_running": ("running", "Requests in a slot."),
+    "ftray_engine_waiting": ("waiting", "Requests that wait for a slot or for their adapter."),
+    "ftray_adapters_in_use": ("adapter_users", "References to adapters by requests in flight."),
+    "ftray_adapters_in_memory": ("adapters", "Adapters in a replica's memory."),
+    "ftray_adapter_memory_bytes": ("adapter_bytes", "What these take."),
+}
+"""Series by (field of a replica's stats, help)."""
+ENGINE_COUNTERS = {
+    "ftray_engine_steps": ("steps", "Forward passes."),
+    "ftray_engine_prompt_tokens": ("prompt_tokens", "Tokens of prompts that were computed."),
+    "ftray_engine_written_tokens": ("written_tokens", "Tokens of answers."),
+}
+ADAPTER_COUNTERS = {
+    "ftray_adapter_loads": ("loads", "Adapters read into memory."),
+    "ftray_adapter_load_failures": ("failures", "Adapters that could not be read."),
+    "ftray_adapter_load_seconds": ("load_seconds", "Time that this took, the check of its files included."),
+    "ftray_adapter_evictions": ("evictions", "Adapters that left memory to make room."),
+}
 
 
 class Metrics:
@@ -29,9 +52,7 @@ class Metrics:
         self.requests = Counter(
             "ftray_requests", "Requests by route and HTTP status.", ("tenant", "route", "status"), registry=registry
         )
-        self.answers = Counter(
-            "ftray_answers", "Answers by how they ended.", (*WHO, "reason"), registry=registry
-        )
+        self.answers = Counter("ftray_answers", "Answers by how they ended.", (*WHO, "reason"), registry=registry)
         self.prompt_tokens = Counter("ftray_prompt_tokens", "Tokens of prompts.", WHO, registry=registry)
         self.cached_tokens = Counter(
             "ftray_cached_prompt_tokens", "Of these, those that were computed before.", WHO, registry=registry
@@ -89,32 +110,19 @@ class _Replicas:
         for name, (field, text) in ENGINE_GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=["replica"])
             for stats in self._replicas:
-                gauge.add_metric([stats["replica"]], _number(stats.get(field)))
+                gauge.add_metric([stats["replica"]], stats[field])
             yield gauge
         for name, (field, text) in ENGINE_COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=["replica"])
             for stats in self._replicas:
-                counter.add_metric([stats["replica"]], _number(stats.get(field)))
+                counter.add_metric([stats["replica"]], stats[field])
             yield counter
         for name, (field, text) in ADAPTER_COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=["replica", "tenant", "adapter"])
             for stats in self._replicas:
-                for (tenant, digest), value in _by_adapter(stats.get(field)):
+                for (tenant, digest), value in stats[field].items():
                     counter.add_metric([stats["replica"], tenant, short(digest)], value)
             yield counter
-
-
-ENGINE_GAUGES: dict[str, tuple[str, str]] = {}
-ENGINE_COUNTERS: dict[str, tuple[str, str]] = {}
-ADAPTER_COUNTERS: dict[str, tuple[str, str]] = {}
-
-
-def _number(value: Any) -> float:
-    return float(value or 0)
-
-
-def _by_adapter(value: Any) -> Iterable[tuple[tuple[str, str], float]]:
-    return (value or {}).items()
 
 
 def short(digest: str | None) -> str:

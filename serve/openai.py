@@ -150,12 +150,18 @@ class ChatRequest(Common):
 
 
 Tokens = Annotated[list[StrictInt], Field(min_length=1)]
+Texts = Annotated[list[StrictStr], Field(min_length=1)]
 
 
 class CompletionRequest(Common):
     """`POST /v1/completions`."""
 
-    prompt: StrictStr | Tokens | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: (
+        StrictStr
+        | Tokens
+        | Annotated[list[StrictStr], Field(min_length=1)]
+        | Annotated[list[Tokens], Field(min_length=1)]
+    )
     logprobs: StrictInt | None = Field(None, ge=0, le=20)
     echo: Literal[False] | None = None
     """Refused: the engine keeps no probabilities of a prompt."""

@@ -14,24 +14,28 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-
-from ftray.data.remote import cache_folder
 from ftray.engine.engine import Engine, load_base
-from ftray.engine.request import Chunk, Event, Finished, Request, Usage
-from ftray.errors import ArtefactError, QueueFull, RequestError, RunError
-from ftray.model.served import Adapter, Base
-from ftray.registry.base import facts_of_base
+from ftray.registry.base import BaseFacts
 from ftray.registry.cache import Cache
-from ftray.registry.ref import Ref
 from ftray.registry.store import Registry
 
+from ftray.data.remote import cache_folder
+from ftray.data.tokenizer import chat_template_hash, load_tokenizer
+from ftray.engine.request import Chunk, Event, Finished, Request, Usage
+from ftray.errors import ArtefactError, QueueFull, RequestError, RunError
+from ftray.manifest import digest_of
+from ftray.model.served import Adapter, Base
+from ftray.model.source import find_shapes
+from ftray.registry.ref import Ref
+
 from .config import ServeConfig
-from .wire import Accepted, Refused, join, merge
+from .wire import Accepted, Refused, Reply, join, merge
 
 log = logging.getLogger("ray.serve")
 IDLE_SECONDS = 1.0
@@ -85,7 +89,7 @@ class Bridge:
         self._thread = threading.Thread(target=self._step, name="engine", daemon=True)
         self._thread.start()
 
-    async def run(self, request: Request, ingress: str, streams: bool) -> AsyncIterator[Accepted | Refused | list[Event]]:
+    async def run(self, request: Request, ingress: str, streams: bool) -> AsyncIterator[Reply]:
         """Answer one request. Yields Accepted or Refused; then, if it does not stream, all its events at its end. Who
         stops listening cancels it."""
         self._loop = asyncio.get_running_loop()
@@ -149,7 +153,7 @@ class Bridge:
                 if self.engine.wait(0.2) and (events := self.engine.step()):
                     assert self._loop is not None
                     self._loop.call_soon_threadsafe(self._deliver, events)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the replica is replaced and says why
+        except BaseException as error:
             log.exception("the engine's thread ended")
             self.broken = error
             if self._loop is not None:
@@ -187,8 +191,8 @@ class EngineReplica:
 
         self.config = ServeConfig.model_validate(config)
         base = make_base(self.config)
-        self._adapters = Shelf(self.config, base)
-        self._engine = Engine(base, self._adapters.load, self.config.engine)
+        self._shelf = Shelf(self.config, base)
+        self._engine = Engine(base, self._shelf.load, self.config.engine)
         self._bridge = Bridge(self._engine, serve.get_replica_context().replica_id.unique_id)
 
     async def run(self, request: Request, ingress: str, streams: bool) -> AsyncIterator[Any]:
@@ -207,7 +211,8 @@ class EngineReplica:
         """What the engine counts, for metrics and admin calls."""
         stats = self._engine.stats()
         counted = {field.name: getattr(stats, field.name) for field in fields(stats)}
-        return {"replica": self._bridge.name, "context": self._engine.context, **counted, **self._adapters.counted()}
+        counted |= {"context": self._engine.context, "adapters": len(stats.resident)}
+        return {"replica": self._bridge.name, **counted, **self._shelf.counted(stats.resident)}
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For the router: whose adapters are here."""
@@ -226,14 +231,20 @@ class Shelf:
     """Reads adapters for an engine, registry to disk to memory, and counts that by adapter."""
 
     def __init__(self, config: ServeConfig, base: Base) -> None:
-        self._base, self._cache = base, None
+        self._base = base
+        self._cache: Cache | None = None
         if config.registry is not None:
-            folder = config.cache.folder or str(cache_folder() / "adapters")
-            facts = facts_of_base(config.model, config.chat_template)
-            self._cache = Cache(folder, config.cache.max_bytes, Registry(config.registry), facts)
+            template = chat_template_hash(load_tokenizer(config.model, config.chat_template)) or ""
+            facts = BaseFacts(config.model.path, find_shapes(config.model)[0], base.digest, template)
+            whole = config.cache.folder or cache_folder() / "adapters"
+            own = digest_of([base.digest, template])[:16]  # what lies there was checked against this base
+            self._cache = Cache(Path(whole) / own, config.cache.max_bytes, Registry(config.registry), facts)
         self._lock = threading.Lock()
-        self._counts: dict[str, Counter[tuple[str, str]]] = {"loads": Counter(), "failures": Counter()}
-        self._seconds: Counter[tuple[str, str]] = Counter()
+        self._counts: dict[str, Counter[tuple[str, str]]] = {
+            what: Counter() for what in ("loads", "failures", "evictions")
+        }
+        self._resident: set[Ref] = set()
+        self._seconds: dict[tuple[str, str], float] = {}
 
     def load(self, ref: Ref) -> Adapter:
         """For the engine's threads. Raises ArtefactError."""
@@ -248,12 +259,19 @@ class Shelf:
         finally:
             with self._lock:
                 self._counts[what][ref.tenant, ref.digest] += 1
-                self._seconds[ref.tenant, ref.digest] += time.monotonic() - began
+                key = ref.tenant, ref.digest
+                self._seconds[key] = self._seconds.get(key, 0.0) + time.monotonic() - began
 
-    def counted(self) -> dict[str, Any]:
-        """Loads, failures and seconds by (tenant, digest)."""
+    def counted(self, resident: Iterable[Ref]) -> dict[str, Any]:
+        """Loads, failures, evictions and seconds by (tenant, digest); `resident` is what lies in memory now."""
         with self._lock:
-            return {**{what: dict(counts) for what, counts in self._counts.items()}, "load_seconds": dict(self._seconds)}
+            for ref in self._resident - (now := set(resident)):
+                self._counts["evictions"][ref.tenant, ref.digest] += 1
+            self._resident = now
+            return {
+                **{what: dict(counts) for what, counts in self._counts.items()},
+                "load_seconds": dict(self._seconds),
+            }
 
 
 def make_base(config: ServeConfig) -> Base:

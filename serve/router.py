@@ -11,14 +11,15 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from ftray.engine.request import Request
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from ftray.engine.request import Request
 
 
 class AdapterRouter(RequestRouter):
     """Of Ray Serve's handles to the engine; runs inside the ingress."""
 
-    def initialize_state(self, slots: int = 32) -> None:
+    def initialize_state(self, slots: int = 32, **kwargs: Any) -> None:
         """`slots`: requests that a replica answers at once; one that has more is busy."""
         self._slots = slots
 
@@ -30,7 +31,9 @@ class AdapterRouter(RequestRouter):
         if pending_request is not None:
             if wanted := pending_request.kwargs.get("replica"):  # it is there that the events are
                 return [[by_name[wanted]] if wanted in by_name else candidate_replicas]
-            digest = next((r.adapter.digest for r in pending_request.args if isinstance(r, Request) and r.adapter), None)
+            digest = next(
+                (r.adapter.digest for r in pending_request.args if isinstance(r, Request) and r.adapter), None
+            )
         order = rank(
             digest,
             {name: self._load(replica) for name, replica in by_name.items()},

@@ -25,6 +25,9 @@ class Refused:
     retry_after: float = 1.0
 
 
+Reply = Accepted | Refused | list[Event]
+
+
 def merge(events: Iterable[Event]) -> list[Event]:
     """The same events with the chunks of each request joined into one. Requests keep their order of appearance."""
     chunks: dict[str, list[Chunk]] = {}
