@@ -94,6 +94,23 @@ def parse_tenants(text: str, name: str) -> TenantsFile:
     return file
 
 
+def read_tenants(uri: str) -> TenantsFile:
+    """The tenants of a file or URI. Raises ConfigError."""
+    return parse_tenants(_read(uri), uri)
+
+
+def _read(uri: str) -> str:
+    fs, path = filesystem(uri)
+    try:
+        fs.invalidate_cache()
+        with fs.open(path, "rb") as file:
+            return file.read().decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError("there is no such file of tenants", where=uri) from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"the tenants cannot be read: {error}", where=uri) from None
+
+
 class Keyring:
     """The keys of one file, ready to be compared."""
 
@@ -129,7 +146,7 @@ class Tenants:
         self.uri, self._every = uri, every
         self.status = TenantsStatus()
         self._lock = threading.Lock()
-        text = self._read()
+        text = _read(uri)
         self._seen = hashlib.sha256(text.encode()).digest()
         self.ring = Keyring(parse_tenants(text, uri))
         self._next = time.monotonic() + every
@@ -145,7 +162,7 @@ class Tenants:
                 return None
             self._next = time.monotonic() + self._every
             try:
-                text = self._read()
+                text = _read(self.uri)
                 seen = hashlib.sha256(text.encode()).digest()
                 if seen == self._seen:
                     told, self.status.error = self.status.error, None
@@ -163,14 +180,3 @@ class Tenants:
 
     def get(self, name: str) -> Tenant | None:
         return self.ring.file.tenants.get(name)
-
-    def _read(self) -> str:
-        fs, path = filesystem(self.uri)
-        try:
-            fs.invalidate_cache()
-            with fs.open(path, "rb") as file:
-                return file.read().decode("utf-8")
-        except FileNotFoundError:
-            raise ConfigError("there is no such file of tenants", where=self.uri) from None
-        except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise ConfigError(f"the tenants cannot be read: {error}", where=self.uri) from None
