@@ -5,7 +5,9 @@
     │   ├── ConfigError         a run file
     │   ├── DataError           rows, files, formats
     │   ├── ModelError          a base, a tokenizer, a method that does not fit it
-    │   └── ArtefactError       a commit, an adapter, a manifest
+    │   ├── ArtefactError       a commit, an adapter, a manifest
+    │   └── RequestError        a request to the engine that can never be answered
+    ├── QueueFull               the engine has as much waiting as it may; later it will take the same request
     ├── RunError                a run that started and could not go on; exit code 3
     └── RunStopped              a run that was asked to stop and committed first; exit code 75
 
@@ -61,6 +63,14 @@ class ModelError(UserError):
 
 
 class ArtefactError(UserError):
+    pass
+
+
+class RequestError(UserError):
+    pass
+
+
+class QueueFull(FtrayError):
     pass
 
 

@@ -373,6 +373,7 @@ class PooledModel:
         self.dtype, self.device = model.dtype, model.device
         self.linears: dict[str, PooledLinear] = {}
         self.bottlenecks: dict[str, PooledBottleneck] = {}
+        self._order: dict[Key, tuple[str, int]] = {}
         for path in linear_layers(model):
             pooled = PooledLinear(model.get_submodule(path), self.router, self.dtype, self.device)
             model.set_submodule(path, pooled)
@@ -387,9 +388,17 @@ class PooledModel:
                 self.bottlenecks[path] = PooledBottleneck(self.router, self.dtype, self.device)
                 self.model.get_submodule(path).register_forward_hook(_behind(self.bottlenecks[path]))
             self.bottlenecks[path].put(key, bottleneck)
+        every = (pools.where for layer in self._layers() for pools in layer.pools())
+        kind, block = next((where[key] for where in every if key in where), ("", 0))
+        self._order[key] = (str(kind), block)
+
+    def order(self, key: Key | None) -> tuple[str, int]:
+        """A key to sort by: tokens in this order meet the blocks of their pools in theirs, and nothing is moved."""
+        return self._order.get(key, ("", -1))
 
     def drop(self, key: Key) -> None:
         """Free the adapter's blocks; unknown keys are ignored."""
+        self._order.pop(key, None)
         for layer in self._layers():
             layer.drop(key)
 

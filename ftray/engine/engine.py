@@ -1,0 +1,417 @@
+"""Generation with many adapters at once, the one way to generate text in ftray. It knows no Ray and no HTTP.
+
+Every step is one forward pass of the base over one row: a token of each sequence that is being written, and pieces of
+prompts that are being read, as many as leave the writing ones unhurried. A request gets exactly one last event, and
+gives back its slot and its adapter exactly once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ftray.config import Model
+from ftray.engine import slots
+from ftray.engine.adapters import Adapters
+from ftray.engine.choice import Choice
+from ftray.engine.grammar import Grammars
+from ftray.engine.options import EngineOptions
+from ftray.engine.request import Chunk, Event, Finished, Request
+from ftray.engine.sampling import Sampler
+from ftray.engine.scheduler import FairQueue
+from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable
+from ftray.engine.slots import Piece, Slots
+from ftray.engine.text import Detokenizer, TextStream
+from ftray.errors import FtrayError, QueueFull, RequestError, RunError
+from ftray.model.pooled import Route
+from ftray.model.served import Adapter, Base
+from ftray.registry.ref import Ref
+
+_ROUTES = 16
+"""Routes that are kept: steps alternate between few."""
+
+
+def load_base(
+    source: Model,
+    *,
+    quantized: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> Base:
+    """A base for an engine. Raises ModelError."""
+    slots.register()
+    return Base(source, attention=slots.IMPLEMENTATION, quantized=quantized, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine is doing, and what it has done since it began; as of its last step."""
+
+    slots: int
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Read; reused ones are not counted."""
+    cached_tokens: int = 0
+    """Of prompts, found in slots."""
+    written_tokens: int = 0
+    adapter_loads: int = 0
+    adapter_failures: int = 0
+    adapter_evictions: int = 0
+    adapter_users: int = 0
+    """References to adapters by requests in flight."""
+    adapter_bytes: int = 0
+    resident: tuple[Ref, ...] = ()
+    """Adapters in memory, last used first."""
+
+
+class Engine:
+    """`add`, `cancel`, `wait` and `stats` may be called from any thread, `step` from one alone.
+
+    `load` gives the adapter of a Ref, checked, in the host's memory (`Base.read`); it runs in threads of its own, and
+    its FtrayError reaches those who wait for that adapter. A base has one engine at a time.
+    """
+
+    def __init__(self, base: Base, load: Callable[[Ref], Adapter], options: EngineOptions | None = None) -> None:
+        self.base, self.options = base, options or EngineOptions()
+        options, cpu = self.options, base.model.device.type == "cpu"
+        allowed = getattr(base.config, "max_position_embeddings", None) or 4096
+        self.context = min(options.context or 4096, allowed)
+        self.step_tokens = options.step_tokens or (2 * options.slots if cpu else options.slots + 512)
+        self.prompt_tokens = options.prompt_tokens or (256 if cpu else 4096)
+        self.slots = Slots(base.model, options.slots, self.context)
+        self.adapters = Adapters(
+            base.pooled,
+            load,
+            on_device=options.adapters or options.slots,
+            memory=options.adapter_memory,
+            threads=options.load_threads,
+            wake=self._wake,
+        )
+        self._sampler, self._detokenizer = Sampler(), Detokenizer(base.tokenizer)
+        self._made: Grammars | None = None
+        self._grammars_lock = threading.Lock()
+        self._embed = base.model.get_input_embeddings()
+        self._vocabulary = self._embed.num_embeddings
+        self._ends = _end_tokens(base)
+        self._queue: FairQueue[Sequence] = FairQueue()
+        self._table = SlotTable(options.slots)
+        self._running: list[Sequence] = []
+        """In the order in which they began."""
+        self._by_id: dict[str, Sequence] = {}
+        self._routes: OrderedDict[tuple[tuple[str | None, int], ...], Route] = OrderedDict()
+        self._steps = self._prompt_tokens = self._cached_tokens = self._written_tokens = 0
+        self._stats = EngineStats(options.slots)
+        self._lock = threading.Condition()
+        self._inbox: deque[Sequence] = deque()
+        self._cancelled: set[str] = set()
+        self._open: dict[str, str] = {}
+        """Tenant of each request that has not ended, by id."""
+        self._of_tenant: Counter[str] = Counter()
+        self._woken = False
+        """There may be something to do. Under the lock, as are the four above."""
+
+    # ---------------------------------------------------------------------------------------------------- any thread
+
+    def add(self, request: Request) -> None:
+        """Take a request in. Raises RequestError for one that can never be answered, QueueFull for one too many."""
+        if not request.prompt:
+            raise RequestError("the prompt has no tokens", hint="write some text")
+        if not all(0 <= token < self._vocabulary for token in request.prompt):
+            raise RequestError(f"the prompt has tokens outside of the vocabulary of {self._vocabulary:,}")
+        if len(request.prompt) >= self.context:
+            raise self._too_long(request, 0)
+        if request.sampling.seed is None:
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
+        wanted = request.sampling.grammar
+        matcher = self._grammars().matcher(wanted) if wanted else None
+        choice = Choice(request.sampling, request.prompt, self._vocabulary, self._ends, matcher)
+        sequence = Sequence(request, choice, TextStream(self._detokenizer, request.sampling.stop))
+        with self._lock:
+            if request.id in self._open:
+                raise RequestError(f"a request with the id {request.id!r} is in flight", hint="choose another id")
+            if len(self._open) >= self.options.slots + self.options.queue:
+                raise QueueFull(f"{len(self._open):,} requests are in flight", hint="try again later")
+            if self._of_tenant[request.tenant] >= self.options.slots + self.options.tenant_queue:
+                count = self._of_tenant[request.tenant]
+                raise QueueFull(f"{count:,} requests of yours are in flight", hint="try again when some have ended")
+            self._open[request.id] = request.tenant
+            self._of_tenant[request.tenant] += 1
+            self._inbox.append(sequence)
+        self._wake()
+
+    def cancel(self, id: str) -> None:
+        """End a request early; its last event says so. One that is not in flight is left alone."""
+        with self._lock:
+            if id not in self._open:
+                return
+            self._cancelled.add(id)
+        self._wake()
+
+    def wait(self, timeout: float) -> bool:
+        """Until there is something to do, or `timeout` seconds have passed. Returns whether there is."""
+        with self._lock:
+            return self._lock.wait_for(lambda: self._woken, timeout)
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def in_flight(self) -> int:
+        """Requests that have not had their last event."""
+        return len(self._open)
+
+    def close(self) -> None:
+        """Leave the base to another engine. Requests in flight get no more events."""
+        self.adapters.close()
+
+    def _grammars(self) -> Grammars:
+        """Made when they are first asked for: a tokenizer's takes a fifth of a second."""
+        with self._grammars_lock:
+            if self._made is None:
+                self._made = Grammars(self.base.tokenizer, self._vocabulary, self._ends)
+            return self._made
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._woken = True
+            self._lock.notify_all()
+
+    # ----------------------------------------------------------------------------------------------------- one thread
+
+    def step(self) -> list[Event]:
+        """Do what can be done now, at most one forward pass. Returns what happened, in order."""
+        with self._lock:
+            arrived, cancelled = list(self._inbox), self._cancelled
+            self._inbox.clear()
+            self._cancelled, self._woken = set(), False
+        for sequence in arrived:
+            self._by_id[sequence.id] = sequence
+            if sequence.request.adapter:
+                sequence.held = self.adapters.want(sequence.request.adapter)
+            self._queue.push(sequence.tenant, sequence)
+        self.adapters.collect()
+        events: list[Event] = []
+        for id in cancelled & self._by_id.keys():
+            events += self._end(self._by_id[id], "cancelled")
+        for sequence in [s for s in self._queue.waiting() if s.held and s.held.error]:
+            assert sequence.held is not None
+            events += self._end(sequence, "error", sequence.held.error)
+        events += self._admit()
+        if self._running:
+            events += self._forward()
+            self._wake()
+        self._stats = self._count()
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Free slots go to those who are next."""
+        events: list[Event] = []
+        while self._table.free and (sequence := self._queue.pop(self._can_start, self.options.tenant_slots)):
+            self._running.append(sequence)
+            sequence.begins()
+            known, source = self._table.take(sequence, self.options.reuse_prefixes)
+            assert sequence.slot is not None
+            if source is not None:
+                self.slots.copy(source, sequence.slot, known)
+            virtual = sequence.virtual_tokens
+            adapter = sequence.adapter
+            if adapter and adapter.prefix is not None and known < virtual <= self.context:
+                self.slots.fill(sequence.slot, adapter.prefix)
+                known = virtual
+            sequence.done, sequence.cached = known, max(known - virtual, 0)
+            self._cached_tokens += sequence.cached
+            if sequence.begin >= self.context:
+                events += self._end(sequence, "error", self._too_long(sequence.request, virtual))
+        return events
+
+    def _can_start(self, sequence: Sequence) -> bool:
+        held = sequence.held
+        return held is None or (held.adapter is not None and self.adapters.start(held))
+
+    def _too_long(self, request: Request, virtual: int) -> RequestError:
+        own = f" and its adapter {virtual:,}" if virtual else ""
+        return RequestError(
+            f"the prompt has {len(request.prompt):,} tokens{own}; together with the answer they may have"
+            f" {self.context - 1:,}",
+            hint="shorten the prompt",
+        )
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: Literal["stop", "length", "cancelled", "error"],
+        error: FtrayError | None = None,
+    ) -> list[Event]:
+        """The last events of a request, which gives back all that it holds."""
+        del self._by_id[sequence.id]
+        if sequence.slot is None:
+            self._queue.remove(sequence.tenant, sequence)
+        else:
+            self._running.remove(sequence)
+            self._queue.done(sequence.tenant)
+            self._table.give_back(sequence)
+            if sequence.held:
+                self.adapters.stop(sequence.held)
+        if sequence.held:
+            self.adapters.leave(sequence.held)
+        with self._lock:
+            self._of_tenant[self._open.pop(sequence.id)] -= 1
+            self._of_tenant += Counter()  # drops those at zero
+            self._cancelled.discard(sequence.id)
+        rest = sequence.text.finish() if reason in ("stop", "length") else ""
+        last: list[Event] = [Chunk(sequence.id, rest)] if rest else []
+        return [*last, Finished(sequence.id, reason, sequence.usage(), error)]
+
+    # ----------------------------------------------------------------------------------------------------- the forward
+
+    def _forward(self) -> list[Event]:
+        writing, reading = self._compose()
+        sampled = [s for s, _ in writing] + [s for s, piece in reading if piece.count == s.undone]
+        try:
+            logits = self._logits([*writing, *reading], len(writing), sampled)
+            chosen = self._sampler.choose(logits, [s.choice for s in sampled])
+        except Exception as error:  # noqa: BLE001  what one step does to its requests must not end all later ones
+            return self._fail(writing + reading, error)
+        self._steps += 1
+        for sequence, piece in [*writing, *reading]:
+            sequence.done += piece.count
+        for sequence, piece in reading:
+            self._prompt_tokens += piece.count
+            self._queue.charge(sequence.tenant, read=piece.count)
+        events: list[Event] = []
+        for sequence, found in zip(sampled, chosen, strict=True):
+            if found.error:
+                events += self._end(sequence, "error", found.error)
+                continue
+            self._written_tokens += 1
+            self._queue.charge(sequence.tenant, written=1)
+            sequence.tokens.append(found.token)
+            text = "" if found.is_end else sequence.text.add(found.token)
+            logprobs = (found.logprob,) if found.logprob else ()
+            events.append(Chunk(sequence.id, text, (found.token,), logprobs))
+            if found.finish == "stop" or sequence.text.stopped:
+                events += self._end(sequence, "stop")
+            elif found.finish == "length" or len(sequence.tokens) >= self.context:
+                events += self._end(sequence, "length")
+        return events
+
+    def _compose(self) -> tuple[list[tuple[Sequence, Piece]], list[tuple[Sequence, Piece]]]:
+        """(sequences that write, sequences that read) in this step, each with its tokens. Those of one adapter stand
+        side by side, in the order of the pools."""
+        order = self.base.pooled.order
+        writing = [s for s in self._running if s.undone == 1]
+        writing.sort(key=lambda s: (order(s.digest), s.slot))
+        left = max(self.step_tokens - len(writing), 8) if writing else self.prompt_tokens
+        reading = []
+        for sequence in self._running:
+            if sequence.undone > 1 and left:
+                count = min(sequence.undone, left)
+                left -= count
+                reading.append((sequence, _piece(sequence, count)))
+        return [(s, _piece(s, 1)) for s in writing], reading
+
+    @torch.inference_mode()
+    def _logits(self, row: list[tuple[Sequence, Piece]], writing: int, sampled: list[Sequence]) -> Tensor:
+        """[sampled, vocabulary]: what follows each of `sampled`, after one pass of the base over `row`, whose first
+        `writing` entries are single tokens."""
+        pieces = [piece for _, piece in row]
+        step = self.slots.step = self.slots.plan(pieces[:writing], pieces[writing:])
+        ids, last, keep = [], -1, []
+        wanted = set(map(id, sampled))
+        for sequence, piece in row:
+            ids += sequence.tokens[piece.place : piece.place + piece.count]
+            last += piece.count
+            if id(sequence) in wanted:
+                keep.append(last)
+        with self.base.pooled.routed(self._route(row)):
+            output = self.base.model(
+                **self._tokens(row, ids),
+                position_ids=step.positions[None],
+                logits_to_keep=self._tensor(keep or [last]),
+                use_cache=False,
+            )
+        return output.logits[0, : len(keep)]
+
+    def _tokens(self, row: list[tuple[Sequence, Piece]], ids: list[int]) -> dict[str, Any]:
+        """The row's tokens, or embeddings where some are virtual."""
+        if VIRTUAL not in ids:
+            return {"input_ids": self._tensor(ids)[None]}
+        embeds = self._embed(self._tensor([max(i, 0) for i in ids]))
+        start = 0
+        for sequence, piece in row:
+            count = min(sequence.virtual_tokens - piece.place, piece.count)
+            if count > 0:
+                adapter = sequence.adapter
+                assert adapter is not None
+                assert adapter.prompt is not None
+                own = adapter.prompt[piece.place : piece.place + count]
+                embeds[start : start + count] = own.to(embeds)
+            start += piece.count
+        return {"inputs_embeds": embeds[None]}
+
+    def _route(self, row: list[tuple[Sequence, Piece]]) -> Route:
+        """Whose each token is. Kept while the batch stays as it is, since plans for every layer hang on it."""
+        segments: list[tuple[str | None, int]] = []
+        for sequence, piece in row:
+            if segments and segments[-1][0] == sequence.digest:
+                segments[-1] = (sequence.digest, segments[-1][1] + piece.count)
+            else:
+                segments.append((sequence.digest, piece.count))
+        key = tuple(segments)
+        route = self._routes.pop(key, None) or Route(key, self.slots.device)
+        self._routes[key] = route
+        if len(self._routes) > _ROUTES:
+            self._routes.popitem(last=False)
+        return route
+
+    def _fail(self, row: list[tuple[Sequence, Piece]], error: Exception) -> list[Event]:
+        """A forward pass failed: so do the requests in it, and no other."""
+        events: list[Event] = []
+        for sequence, _ in row:
+            assert sequence.slot is not None
+            self._table.forget(sequence.slot)
+            wrong = RunError(f"the step failed: {type(error).__name__}: {error}")
+            wrong.__cause__ = error
+            events += self._end(sequence, "error", wrong)
+        return events
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.slots.device)
+
+    def _count(self) -> EngineStats:
+        adapters = self.adapters
+        return EngineStats(
+            self.slots.count,
+            len(self._running),
+            len(self._queue),
+            self._steps,
+            self._prompt_tokens,
+            self._cached_tokens,
+            self._written_tokens,
+            adapters.loads,
+            adapters.failures,
+            adapters.evictions,
+            adapters.users,
+            adapters.memory,
+            tuple(adapters.resident()),
+        )
+
+
+def _piece(sequence: Sequence, count: int) -> Piece:
+    assert sequence.slot is not None
+    return Piece(sequence.slot, sequence.done, count)
+
+
+def _end_tokens(base: Base) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's own, and those of the base's generation config."""
+    more = base.model.generation_config.eos_token_id
+    more = [] if more is None else [more] if isinstance(more, int) else more
+    return frozenset([base.tokenizer.eos_token_id, *more])
