@@ -114,7 +114,11 @@ def _add_health(api: FastAPI, endpoint: Endpoint) -> None:
     async def readyz() -> Response:
         """Requests can be answered."""
         ready = endpoint.replicas > 0
-        found: dict[str, Any] = {"status": "ready" if ready else "starting", "base": endpoint.catalog.base_name}
+        found: dict[str, Any] = {
+            "status": "ready" if ready else "starting",
+            "base": endpoint.catalog.base_name,
+            "keys": endpoint.tenants is not None,
+        }
         if endpoint.tenants is not None and endpoint.tenants.status.error:
             found["tenants"] = "the last good ones; the file is broken, see the log"
         return Answered(found, 200 if ready else 503)

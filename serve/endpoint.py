@@ -52,6 +52,8 @@ class Served:
     answers: list[Answer] = field(default_factory=list)
     usages: dict[int, Usage] = field(default_factory=dict)
     """Of each choice that has ended."""
+    written: int = 0
+    """Tokens that were streamed by now."""
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -293,6 +295,13 @@ class Endpoint:
             raise error from None
         return None
 
+    def _counted(self, served: Served, message: dict[str, Any]) -> dict[str, Any]:
+        if not served.body.counts_as_it_goes:
+            return message
+        read = sum(map(len, served.prompts))
+        usage = {"prompt_tokens": read, "completion_tokens": served.written, "total_tokens": read + served.written}
+        return {**message, "usage": usage}
+
     async def _stream_choice(self, served: Served, index: int, say: Callable[..., Awaitable[None]]) -> None:
         answer, shape, labels = served.answers[index], served.shape, served.labels
         probabilities = Probabilities(self.prompts, chat=shape.chat, wanted=served.body.alternatives)
@@ -319,8 +328,9 @@ class Endpoint:
                 if end.reason not in ("stop", "length"):
                     raise of_engine(end.error)
                 messages.append(shape.part(index, "", None, end.reason))
+            served.written += tokens
             if messages:
-                await say(*messages)
+                await say(*(self._counted(served, message) for message in messages))
             if end is None:
                 await self._pause(now)
 

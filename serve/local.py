@@ -24,37 +24,41 @@ _EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 
 @contextmanager
-def running(
-    file: ServeFile, *, verbose: bool = False, cpus: int | None = None, wait: Callable[[], None] = lambda: None
-) -> Iterator[str]:
-    """The endpoint of `file` as long as the block lasts; gives its address, once it answers. Where RAY_ADDRESS names a
-    cluster, the application is deployed there, and stays. `wait` is called while it starts; what it raises ends that.
-    Raises ConfigError, RunError, and what the base's loading raises."""
-    options, local = file.http_options, not in_a_job()
-    if local:
-        _must_be_free(options.host, options.port)
-        os.environ.update(environment(options.port))
+def session(file: ServeFile, *, verbose: bool = False, cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray, for `running`. Raises ConfigError when the port is taken."""
+    if not in_a_job():
+        _must_be_free(file.http_options.host, file.http_options.port)
+        os.environ.update(environment(file.http_options.port))
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "1" if verbose else "0")
     with ray_session(verbose=verbose, cpus=cpus):
-        from ray import serve
+        yield
 
-        from .app import application
 
-        http = options.model_dump(exclude_none=True)
-        serve.start(
-            http_options={**http, "port": _free_port(options.host)} if local else http,
-            proxy_location="HeadOnly" if local else file.proxy_location,
-            logging_config=file.logging_config or {"enable_access_log": verbose},
-        )
-        try:
-            _deploy(application(with_absolute_paths(file.config)), file.application.name, wait)
-            address = f"{'https' if options.ssl_certfile else 'http'}://{_shown(options.host)}:{options.port}"
-            if local:
-                _await_ready(address, wait)
-            yield address + options.root_path
-        finally:
-            if local:
-                serve.shutdown()
+@contextmanager
+def running(file: ServeFile, *, verbose: bool = False, wait: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """The endpoint of `file` as long as the block lasts; gives its address, once it answers. Where RAY_ADDRESS names a
+    cluster, the application is deployed there, and stays. `wait` is called while it starts; what it raises ends that.
+    Raises RunError with what stopped it."""
+    from ray import serve
+
+    from .app import application
+
+    options, local = file.http_options, not in_a_job()
+    http = options.model_dump(exclude_none=True)
+    serve.start(
+        http_options={**http, "port": _free_port(options.host)} if local else http,
+        proxy_location="HeadOnly" if local else file.proxy_location,
+        logging_config=file.logging_config or {"enable_access_log": verbose},
+    )
+    try:
+        _deploy(application(with_absolute_paths(file.config)), file.application.name, wait)
+        address = f"{'https' if options.ssl_certfile else 'http'}://{_shown(options.host)}:{options.port}"
+        if local:
+            _await_ready(address, wait)
+        yield address + options.root_path
+    finally:
+        if local:
+            serve.shutdown()
 
 
 def environment(port: int) -> dict[str, str]:

@@ -32,6 +32,8 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: StrictBool | None = None
     include_obfuscation: StrictBool | None = None
+    continuous_usage_stats: StrictBool | None = None
+    """Beyond OpenAI: every message says how many tokens there are by now."""
 
 
 class JsonSchema(Body):
@@ -102,6 +104,11 @@ class Common(Body):
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+    @property
+    def counts_as_it_goes(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class TextPart(Body):

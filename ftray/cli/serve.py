@@ -27,13 +27,14 @@ def serve_command(where: str, overrides: list[str], *, check: bool, as_json: boo
     if check:
         print(json.dumps(file.dump(), indent=2) if as_json else f"{to_yaml(file)}\n{describe(file)}")
         return EXIT_OK
-    from serve.local import running
+    from serve.local import running, session
 
     def say(text: str) -> None:
         print(json.dumps({"kind": "status", "text": text}) if as_json else text, flush=True)
 
     say(f"starting Ray and {file.config.name_of_base}")
-    with stop_on_signal(lambda _: say("stopping: answers in the making are ended first")) as stop:
+    stopping = "stopping: answers in the making come first; once more leaves at once"
+    with session(file, verbose=verbose), stop_on_signal(lambda _: say(stopping)) as stop:
 
         def not_stopped() -> None:
             if stop.is_set():
