@@ -189,7 +189,8 @@ class ServeFile(Strict):
         return self.http_options.host in LOOPBACK
 
     def dump(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        """The resolved file as plain values, which Ray takes too: some of its keys may be absent, but not null."""
+        return self.model_dump(mode="json") | {"http_options": self.http_options.model_dump(exclude_none=True)}
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

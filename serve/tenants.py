@@ -76,7 +76,7 @@ def new_key() -> tuple[str, str]:
 
 
 def hash_of(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def parse_tenants(text: str, name: str) -> TenantsFile:
