@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from importlib import resources
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ from .tenants import Limits, hash_of
 
 log = logging.getLogger("ray.serve")
 B = TypeVar("B", bound=BaseModel)
+T = TypeVar("T")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -84,7 +86,9 @@ def _add_openai(api: FastAPI, endpoint: Endpoint) -> None:
         who, limits = await admitted(request)
         body = read_body(await request.body(), kind)
         served = await endpoint.begin(request.state.id, who, limits, body, request.state.arrived)
-        return EventStream(endpoint, served) if body.stream else Answered(await endpoint.whole(served))
+        if body.stream:
+            return EventStream(endpoint, served)
+        return Answered(await while_connected(request.receive, endpoint.whole(served)))
 
     @api.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -300,11 +304,34 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         try:
-            await self._endpoint.stream(self._served, write)
+            await while_connected(receive, self._endpoint.stream(self._served, write))
         except SlowClient:
             log.warning("request %s: its client takes nothing; the connection is closed", self._served.id)
             return  # without an end, so that the server closes the connection
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class ClientGone(Exception):
+    """There is nobody to answer any more."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do `work`, and cancel it when the client leaves. Raises ClientGone."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    watcher, worker = asyncio.create_task(gone()), asyncio.create_task(work)
+    try:
+        await asyncio.wait({watcher, worker}, return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise ClientGone
+    finally:
+        for task in (watcher, worker):
+            task.cancel()
+        await asyncio.gather(watcher, worker, return_exceptions=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -363,6 +390,8 @@ class Gate:
         try:
             self._check(scope, headers)
             await self._app(scope, self._bounded(receive), answer)
+        except ClientGone:
+            pass
         except ApiError as error:
             await Answered(error.body, error.status, error.headers)(scope, receive, answer)
         except FtrayError as error:

@@ -85,5 +85,6 @@ def of_engine(error: FtrayError | None) -> ApiError:
     if isinstance(error, ArtefactError):  # the file names of a server are nothing to a client
         return ApiError(500, f"This adapter cannot be used: {error.what}", code="adapter_unusable", may_retry=False)
     if isinstance(error, UserError):
-        return bad_request(f"{error.what}. {error.hint}" if error.hint else error.what)
+        what = f"{error.where}: {error.what}" if error.where else error.what
+        return bad_request(f"{what}; {error.hint}" if error.hint else what)
     return ApiError(500, "The engine could not go on with this request.", code="engine_error")
