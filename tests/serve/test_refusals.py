@@ -214,7 +214,9 @@ def test_what_is_foreign_and_what_is_not_there_is_one_and_the_same(closed_endpoi
     def refusal(model: str) -> tuple[int, str, dict[str, str]]:
         answer = post(closed_endpoint, {**CHAT, "model": model}, authorization=f"Bearer {KEYS['other']}")
         headers = {k: v for k, v in answer.headers.items() if k not in ("date", "content-length", "x-request-id")}
-        return answer.status_code, answer.text.replace(json.dumps(model)[1:-1], "NAME"), headers
+        error = answer.json()["error"]
+        error["message"] = error["message"].replace(repr(model), "NAME")
+        return answer.status_code, json.dumps(error), headers
 
     digest = closed_endpoint.endpoint.catalog.registry.resolve("acme", "cheese").digest  # type: ignore[union-attr]
     names = [
