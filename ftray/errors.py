@@ -6,6 +6,7 @@
     │   ├── DataError           rows, files, formats
     │   ├── ModelError          a base, a tokenizer, a method that does not fit it
     │   ├── ArtefactError       a commit, an adapter, a manifest
+    │   │   └── UnknownAdapter  no such tenant, name or version in the registry
     │   └── RequestError        a request to the engine that can never be answered
     ├── QueueFull               the engine has as much waiting as it may; later it will take the same request
     ├── RunError                a run that started and could not go on; exit code 3
@@ -63,6 +64,10 @@ class ModelError(UserError):
 
 
 class ArtefactError(UserError):
+    pass
+
+
+class UnknownAdapter(ArtefactError):
     pass
 
 

@@ -18,6 +18,7 @@ from ftray.model.plan import Plan, make_plan
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
 from ftray.model.states import GIB, PLACES
+from ftray.train.native import refuse_nvme
 from ftray.train.schedule import warmup_steps
 
 
@@ -67,7 +68,9 @@ class Check:
 
 
 def check(run: Run) -> Check:
-    """Raises ModelError when the base is not to be found or the method does not fit it."""
+    """Raises ModelError when the base is not to be found or the method does not fit it, ConfigError when what should go
+    to NVMe has no place on this machine."""
+    refuse_nvme(run)
     shapes, origin = find_shapes(run.model)
     return Check(run, shapes, origin, make_plan(run, shapes), cheapest_fit(run, shapes), find_sources(run))
 
@@ -125,7 +128,7 @@ def describe(check: Check) -> str:
         lines.append(f"{percent(share)} of the rows held out")
     pairs.append(("data", "\n".join(lines)))
     pairs.append(("memory", memory_text(check)))
-    return facts(pairs, indent=0)
+    return f"{facts(pairs, indent=0)}\n\n{verdict(check)}"
 
 
 def batch_text(run: Run) -> str:
@@ -238,27 +241,39 @@ def memory_text(check: Check) -> str:
         rows += [("total", _amount(round(plan.gib_on(place) * GIB)), place, "") for place in places]
         head = ("what", "memory", "where", "how")
     note = f"one worker's, at most: micro-batches of {some(plan.tokens, 'token')}, every row as long as data.max_length"
-    return "\n".join([note, table(head, rows, right=(1,)), _verdict(check)])
+    return "\n".join([note, table(head, rows, right=(1,)), *_changes(check)])
 
 
 def _amount(amount: int) -> str:
     return f"{amount / GIB:,.2f} GiB" if amount >= 0.1 * GIB else size(amount)
 
 
-def _verdict(check: Check) -> str:
-    plan = check.plan
+def verdict(check: Check) -> str:
+    """The last line of `ftray check`: whether the run can start as it is."""
+    plan, missing = check.plan, [source.key for source in check.sources if source.files == 0]
+    problems = [f"{', '.join(missing)}: no such data"] if missing else []
+    if plan.fits is False:
+        problems.append(f"{plan.total_gib:.2f} GiB does NOT fit {plan.limit_gib:g} GiB")
+    if problems:
+        return f"NOT ready: {'; '.join(problems)}"
     if plan.limit_gib is None:
-        return "set workers.gpu_memory_gib to see whether it fits"
-    if plan.fits:
-        moved = plan.total_gib - plan.limit_gib
-        return f"fits {plan.limit_gib:g} GiB" + (f", with {moved:.2f} GiB paged to the host" if moved > 0 else "")
-    over = f"does NOT fit {plan.limit_gib:g} GiB"
+        fits = f"takes {plan.total_gib:.2f} GiB a worker; set workers.gpu_memory_gib to see whether that fits"
+    else:
+        paged = plan.total_gib - plan.limit_gib
+        fits = f"fits {plan.limit_gib:g} GiB" + (f", with {paged:.2f} GiB paged to the host" if paged > 0 else "")
+    return f"ready: {fits}"
+
+
+def _changes(check: Check) -> list[str]:
+    """What makes a run fit that does not."""
+    if check.plan.fits is not False:
+        return []
     if check.advice is None:
-        return f"{over}, nor would any change of the batch, optimizer or method: take a smaller base or a larger GPU"
-    lines = [f"{over}; the cheapest change that does, {_change(check.advice)}"]
+        return ["no change of the batch, optimizer or method makes it fit: take a smaller base or a larger GPU"]
+    lines = [f"the cheapest change that makes it fit, {_change(check.advice)}"]
     if check.advice.instead:
         lines.append(f"or, with adapters in place of full tuning, {_change(check.advice.instead)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _change(advice: Advice) -> str:

@@ -38,6 +38,13 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+AdapterName = Annotated[
+    str, typer.Argument(metavar="[TENANT/]NAME[@DIGEST]", help="An adapter; a digest may be cut to 6 digits or more.")
+]
+RegistryUri = Annotated[
+    str | None,
+    typer.Option("--registry", metavar="URI", help="Folder or fsspec URI; default: FTRAY_REGISTRY."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own output, and tracebacks of errors.")]
 
@@ -231,6 +238,111 @@ def serve(
         raise UsageError("Missing argument 'SERVE.yaml'.")
     else:
         serve_command(file, overrides or [], check=check, as_json=as_json, verbose=verbose)
+
+
+@app.command()
+def publish(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run, as for export, or an artefact's folder.")],
+    as_name: Annotated[str, typer.Option("--as", metavar="[TENANT/]NAME", help="Without a tenant: default.")],
+    registry: RegistryUri = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The base, to compare its digest too; default: as ftray.json calls it."),
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put a run's adapter into a registry, where `ftray serve` finds it.
+
+    The adapter is checked whole first: plain safetensors and nothing else, every SHA-256, only fields that ftray knows,
+    exactly the tensors and shapes that base and configuration imply, finite values, sizes. Then it is uploaded under
+    its digest, and last the name is moved to it, in one step: servers take it up without a restart, and requests in
+    flight end on the version they began with. Any number may publish at once; one that is killed loses nothing.
+
+    ftray publish runs/cheese --as anna/cheese --registry s3://bucket/adapters
+    """
+    from ftray.cli.publish import publish_command
+
+    publish_command(run, as_name, registry=registry, base=base, as_json=as_json)
+
+
+adapters = typer.Typer(
+    help="Look at a registry, and keep it in order.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+)
+app.add_typer(adapters, name="adapters")
+
+
+@adapters.command("list")
+def list_adapters(
+    tenant: Annotated[str | None, typer.Argument(metavar="TENANT", help="Of this one alone.")] = None,
+    registry: RegistryUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Every name, which version it means, and how many there are."""
+    from ftray.cli.adapters import list_command
+
+    list_command(tenant, registry=registry, as_json=as_json)
+
+
+@adapters.command("show")
+def show_adapter(
+    name: AdapterName, registry: RegistryUri = None, as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """One name: its versions, and what the one it means was trained from."""
+    from ftray.cli.adapters import show_command
+
+    show_command(name, registry=registry, as_json=as_json)
+
+
+@adapters.command("pin")
+def pin_adapter(
+    name: AdapterName,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="And let the name mean it, whatever is published, until unpin.")
+    ] = False,
+    registry: RegistryUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Protect a version from removal; without a digest, the one that the name means."""
+    from ftray.cli.adapters import pin_command
+
+    pin_command(name, hold=hold, registry=registry, as_json=as_json)
+
+
+@adapters.command("unpin")
+def unpin_adapter(
+    name: AdapterName, registry: RegistryUri = None, as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Take a pin away, and a hold: the name means what was published or rolled back to last."""
+    from ftray.cli.adapters import unpin_command
+
+    unpin_command(name, registry=registry, as_json=as_json)
+
+
+@adapters.command("remove")
+def remove_adapter(
+    name: AdapterName,
+    everything: Annotated[bool, typer.Option("--all", help="The whole name, with all its versions.")] = False,
+    registry: RegistryUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Remove a version, or with --all a name. What is pinned stays, and a version that its name means."""
+    from ftray.cli.adapters import remove_command
+
+    remove_command(name, everything=everything, registry=registry, as_json=as_json)
+
+
+@adapters.command("rollback")
+def roll_back_adapter(
+    name: AdapterName, registry: RegistryUri = None, as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Let a name mean an older version again; without a digest, the one before."""
+    from ftray.cli.adapters import rollback_command
+
+    rollback_command(name, registry=registry, as_json=as_json)
 
 
 @app.command()

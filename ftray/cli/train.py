@@ -15,8 +15,9 @@ from ftray.session import ray_session
 
 def train_command(run: Run, *, as_json: bool, verbose: bool) -> int:
     with open_console(run.logging.every, as_json=as_json) as console:
-        from ftray.train.launch import local_cpus
+        from ftray.train.launch import local_cpus, preflight
 
+        preflight(run)
         console({"kind": "status", "text": "starting Ray"})
         with ray_session(verbose=verbose, cpus=local_cpus(run)):
             summary, report = train_run(run, console, verbose=verbose)

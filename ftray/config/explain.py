@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -19,6 +20,8 @@ def _explain_one(e: Any, root: type[BaseModel]) -> str:
     place = ".".join(_without_tags(e["loc"], root))
     if kind == "extra_forbidden":
         known = sorted(model.model_fields) if model else []
+        if loc[-1] in _QUANTIZATION and model and (own := _tag(model)) in _QUANTIZED_TWINS:
+            return f"{place}: method {own} has none; {_QUANTIZED_TWINS[own]}"
         near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.55)
         tail = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{place}: unknown key; {tail}"
@@ -33,8 +36,25 @@ def _explain_one(e: Any, root: type[BaseModel]) -> str:
         return f"{place}: needs a `name` that says which one it is"
     if kind == "value_error":
         return f"{place}: {e['ctx']['error']}" if place else str(e["ctx"]["error"])
+    words = re.findall(r"'([^']*)'", e["ctx"]["expected"]) if kind == "literal_error" else []
+    if len(words) > 1 and isinstance(e["input"], str):
+        near = difflib.get_close_matches(e["input"], words, n=1)
+        tail = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(words)}"
+        return f"{place}: {e['input']!r} is not known; {tail}"
     shown = repr(e["input"])
     return f"{place}: {e['msg'][0].lower()}{e['msg'][1:]} (here: {shown if len(shown) < 80 else shown[:77] + '…'})"
+
+
+_QUANTIZATION = ("quantization", "double_quantization", "quantize", "load_in_4bit", "bits", "nf4")
+_QUANTIZED_TWINS: dict[str | None, str] = {
+    "lora": "method.name: qlora is LoRA over a base in NF4",
+    "dora": "method.name: qdora is DoRA over a base in NF4",
+    "qlora": "its base is in NF4 as it is",
+    "qdora": "its base is in NF4 as it is",
+    "full": "weights in NF4 cannot be trained; method.name: qlora trains an adapter over a base in NF4",
+    "freeze": "weights in NF4 cannot be trained; method.name: qlora trains an adapter over a base in NF4",
+}
+"""What to do about a quantized base where a method has no key for it."""
 
 
 def _walk(loc: tuple[Any, ...], root: type[BaseModel]):

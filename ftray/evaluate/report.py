@@ -188,7 +188,8 @@ def data_section(record: RunRecord) -> dict[str, Any] | None:
 
 
 def happened(record: RunRecord) -> list[dict[str, Any]]:
-    """Warnings, skipped steps, resumes and the end, in order, each with the step after which it came."""
+    """Warnings, skipped steps, stops and resumes, in order, each with the step after which it came. The badge has the
+    end."""
     lines, at = [], 0
     for event in record.events:
         kind = event.get("kind")
@@ -202,8 +203,8 @@ def happened(record: RunRecord) -> list[dict[str, Any]]:
             lines.append({"step": at, "kind": "skipped step", "text": redact(text)})
         elif kind == "resume":
             lines.append({"step": at, "kind": "resumed", "text": f"went on after step {at:,}"})
-        elif kind == "end":
-            lines.append({"step": at, "kind": "end", "text": str(event.get("reason", ""))})
+        elif kind == "end" and event.get("reason") == "stopped":
+            lines.append({"step": at, "kind": "stopped", "text": "asked to stop; everything was committed"})
     return lines
 
 

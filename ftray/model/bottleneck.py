@@ -13,40 +13,24 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ftray import config
 from ftray.errors import ArtefactError, ModelError
+from ftray.model.adapter_config import BottleneckSettings as Settings
+from ftray.model.targets import ATTENTION_PARTS, BOTTLENECK, FEED_FORWARD_PARTS
 
-NAME = "bottleneck_adapter"
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-
-
-class Settings(BaseModel):
-    """What `adapter_config.json` says; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    peft_type: Literal["FTRAY_BOTTLENECK"] = "FTRAY_BOTTLENECK"
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    size: Annotated[int, Field(ge=1, le=8192)]
-    placement: Literal["houlsby", "pfeiffer"]
-    activation: Literal["relu", "gelu", "silu"]
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def settings_of(method: config.Bottleneck, base: config.Model | None = None) -> Settings:
     origin = {"base_model_name_or_path": base.path, "revision": base.revision} if base else {}
-    return Settings(**origin, **method.model_dump(include={"size", "placement", "activation", "dropout", "scale"}))
+    knobs = method.model_dump(include={"size", "placement", "activation", "dropout", "scale"})
+    return Settings.model_validate(origin | knobs)
 
 
 class BottleneckAdapter(nn.Module):
@@ -75,12 +59,12 @@ def insert(model: Any, settings: Settings) -> None:
     hidden = model.config.get_text_config().hidden_size
     for part in _places(model, settings.placement):
         device = next(part.parameters()).device
-        part.add_module(NAME, BottleneckAdapter(hidden, settings).to(device))
+        part.add_module(BOTTLENECK, BottleneckAdapter(hidden, settings).to(device))
         part.register_forward_hook(_adapt)
 
 
 def _adapt(part: nn.Module, _inputs: Any, output: Any) -> Any:
-    adapter = part.get_submodule(NAME)
+    adapter = part.get_submodule(BOTTLENECK)
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
 
@@ -88,7 +72,7 @@ def _places(model: Any, placement: str) -> Iterator[nn.Module]:
     """The attention (`houlsby` alone) and feed-forward parts of every block, in order."""
     count = model.config.get_text_config().num_hidden_layers
     stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    wanted = (_ATTENTION, _FEED_FORWARD) if placement == "houlsby" else (_FEED_FORWARD,)
+    wanted = (ATTENTION_PARTS, FEED_FORWARD_PARTS) if placement == "houlsby" else (FEED_FORWARD_PARTS,)
     for block in stacks[0] if stacks else []:
         for names in wanted:
             parts = [child for name, child in block.named_children() if name in names]
@@ -104,12 +88,13 @@ def _unknown(model: Any, why: str) -> ModelError:
     return ModelError(
         f"bottleneck adapters do not know where to stand in the family {family!r}: {why}",
         where="method.name",
-        hint=f"they need one of {', '.join(_ATTENTION)} and one of {', '.join(_FEED_FORWARD)} in each block; use lora",
+        hint=f"they need one of {', '.join(ATTENTION_PARTS)} and one of {', '.join(FEED_FORWARD_PARTS)} in each block;"
+        " use lora",
     )
 
 
 def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if f".{NAME}." in name}
+    return {name: p for name, p in model.named_parameters() if f".{BOTTLENECK}." in name}
 
 
 # --------------------------------------------------------------------------------------------------------- on the disk
@@ -166,4 +151,4 @@ def _expected(model: Any, settings: Settings) -> dict[str, tuple[int, ...]]:
         adapter = BottleneckAdapter(hidden, settings)
     names = {module: name for name, module in model.named_modules()}
     places = [names[part] for part in _places(model, settings.placement)]
-    return {f"{at}.{NAME}.{key}": tuple(p.shape) for at in places for key, p in adapter.named_parameters()}
+    return {f"{at}.{BOTTLENECK}.{key}": tuple(p.shape) for at in places for key, p in adapter.named_parameters()}

@@ -17,6 +17,7 @@ from typing import Any
 from ftray.config import DPO, Freeze, Full, Run, Strategy
 from ftray.model.activations import COMPUTE_BYTES, micro_batch_tokens, saved_bytes, working_bytes
 from ftray.model.counts import targeted, trained_tensors
+from ftray.model.positions import refuse_positions
 from ftray.model.shapes import Shapes
 from ftray.model.states import GIB, PLACES, Item, Place, states
 
@@ -102,7 +103,9 @@ class Plan:
 
 
 def make_plan(run: Run, shapes: Shapes) -> Plan:
-    """The plan of one worker. Raises ModelError when the method's targets match nothing in the base."""
+    """The plan of one worker. Raises ModelError when the method's targets match nothing in the base, or its virtual
+    tokens and the rows are longer than the base's positions."""
+    refuse_positions(run, shapes.positions)
     tensors = trained_tensors(run, shapes)
     items = [item for item in _items(run, shapes, tensors) if item.bytes]
     given = sum(i.bytes for i in items if i.place == "GPU")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,19 @@ from torch import Tensor
 
 from ftray.config import Model
 from ftray.data.tokenizer import load_tokenizer, local_model_folder
-from ftray.errors import ArtefactError
-from ftray.model import bottleneck, load
+from ftray.model import load
+from ftray.model.adapter_config import (
+    AdaLoraSettings,
+    BottleneckSettings,
+    Ia3Settings,
+    LoraSettings,
+    PrefixSettings,
+    PromptSettings,
+    VeraSettings,
+    read_settings,
+)
 from ftray.model.pooled import Bottleneck, Delta, PooledModel
-from ftray.model.targets import ends_with
+from ftray.model.targets import BOTTLENECK, by_pattern
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,9 @@ class Base:
         self.row_norms = {path: _row_norms(layer.base) for path, layer in self.pooled.linears.items()}
         """Squared norm of each row of a linear layer's weight, fp32 [out]. Taken here, because the first forward pass
         in evaluation mode lets bitsandbytes repack NF4 weights on some CPUs, after which none can be read."""
+        with torch.no_grad():  # the repacking now, in one thread: two that come first together would both do it
+            for layer in self.pooled.linears.values():
+                layer.base(torch.zeros(1, 1, layer.inputs, dtype=dtype, device=self.model.device))
 
     @property
     def digest(self) -> str:
@@ -83,14 +94,12 @@ class Base:
         """The adapter of a checked artefact folder, on the host in the base's type. Raises ArtefactError."""
         from safetensors.torch import load_file
 
-        settings = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+        text = Path(folder, "adapter_config.json").read_text(encoding="utf-8")
+        settings = read_settings(json.loads(text), str(folder))
         tensors = load_file(Path(folder, "adapter_model.safetensors"))
-        kind = settings.get("peft_type")
-        if kind not in _READERS:
-            known = ", ".join(sorted(_READERS))
-            raise ArtefactError(f"adapters of type {kind!r} cannot be served; known: {known}", where=str(folder))
         with torch.no_grad():
-            return _READERS[kind](self, settings, {_path(name): tensor.float() for name, tensor in tensors.items()})
+            own = {name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}
+            return _READERS[type(settings)](self, settings, own)
 
     def gain(self, path: str, magnitude: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """DoRA's magnitude / ‖W + BA‖ by rows (Liu et al. 2024, equation 5), fp32 [out]; `up` is scaled.
@@ -120,10 +129,6 @@ def _row_norms(linear: Any) -> Tensor:
     return weight.detach().float().square().sum(outputs)
 
 
-def _path(name: str) -> str:
-    return name.removeprefix("base_model.model.")
-
-
 # ------------------------------------------------------------------------------------------- one reader for each type
 
 
@@ -132,89 +137,78 @@ def _of_layers(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
     return {name.removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)}
 
 
-def _lora(base: Base, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _lora(base: Base, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Adapter:
     deltas = {}
     ups = _of_layers(tensors, ".lora_B.weight")
     magnitudes = _of_layers(tensors, ".lora_magnitude_vector")
     for path, down in _of_layers(tensors, ".lora_A.weight").items():
-        rank = len(down)
-        alpha = _by_pattern(path, settings.get("alpha_pattern") or {}, settings["lora_alpha"])
-        scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-        up = scale * ups[path].T
+        rank, alpha = len(down), by_pattern(path, settings.alpha_pattern, settings.lora_alpha)
+        up = alpha / (rank**0.5 if settings.use_rslora else rank) * ups[path].T
         gain = base.gain(path, magnitudes[path], down, up) if path in magnitudes else None
         deltas[path] = Delta(base.stored(down), base.stored(up), None if gain is None else base.stored(gain))
     return Adapter(deltas, {})
 
 
-def _by_pattern(path: str, patterns: Mapping[str, float], default: float) -> float:
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), default)  # as PEFT does
-
-
-def _adalora(base: Base, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _adalora(base: Base, settings: AdaLoraSettings, tensors: Mapping[str, Tensor]) -> Adapter:
     deltas = {}
     ups, values = _of_layers(tensors, ".lora_B"), _of_layers(tensors, ".lora_E")
-    scale = (settings["lora_alpha"] or settings["init_r"]) / (settings["init_r"] + 1e-5)  # PEFT's, to the last digit
+    scale = settings.lora_alpha / (settings.init_r + 1e-5)  # PEFT's, to the last digit
     for path, down in _of_layers(tensors, ".lora_A").items():
         if len(down):  # a layer may have lost all its ranks
             deltas[path] = Delta(base.stored(down * values[path]), base.stored(scale * ups[path].T))
     return Adapter(deltas, {})
 
 
-def _vera(base: Base, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _vera(base: Base, settings: VeraSettings, tensors: Mapping[str, Tensor]) -> Adapter:
     """As low-rank rows of its own: what VeRA shares among layers would have to be multiplied all the same."""
     a, b = tensors["base_model.vera_A"], tensors["base_model.vera_B"]  # [r, widest in], [widest out, r]
     deltas = {}
     inner = _of_layers(tensors, ".vera_lambda_d")
     for path, outer in _of_layers(tensors, ".vera_lambda_b").items():
-        inputs = base.pooled.linears[path].inputs
-        down = inner[path][:, None] * a[:, :inputs]
+        down = inner[path][:, None] * a[:, : base.pooled.linears[path].inputs]
         up = b[: len(outer)].T * outer
         deltas[path] = Delta(base.stored(down), base.stored(up))
     return Adapter(deltas, {})
 
 
-def _ia3(base: Base, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _ia3(base: Base, settings: Ia3Settings, tensors: Mapping[str, Tensor]) -> Adapter:
     deltas = {}
     for path, vector in _of_layers(tensors, ".ia3_l").items():
-        feedforward = any(ends_with(path, name) for name in settings["feedforward_modules"])
         scale = base.stored(vector.flatten())
-        deltas[path] = Delta(scale_in=scale) if feedforward else Delta(scale_out=scale)
+        deltas[path] = Delta(scale_in=scale) if settings.scales_inputs(path) else Delta(scale_out=scale)
     return Adapter(deltas, {})
 
 
-def _prefix(base: Base, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _prefix(base: Base, settings: PrefixSettings, tensors: Mapping[str, Tensor]) -> Adapter:
     flat = tensors["prompt_embeddings"]  # [V, layers · 2 · heads · D]
-    layers, heads = settings["num_layers"], settings["num_attention_heads"]
-    prefix = flat.view(len(flat), layers, 2, heads, -1).permute(1, 2, 3, 0, 4)
-    return Adapter({}, {}, prefix=base.stored(prefix))
+    parts = flat.view(len(flat), settings.num_layers, 2, settings.num_attention_heads, -1)
+    return Adapter({}, {}, prefix=base.stored(parts.permute(1, 2, 3, 0, 4)))
 
 
-def _prompt(base: Base, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _prompt(base: Base, settings: PromptSettings, tensors: Mapping[str, Tensor]) -> Adapter:
     return Adapter({}, {}, prompt=base.stored(tensors["prompt_embeddings"]))
 
 
-def _bottleneck(base: Base, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
-    its = bottleneck.Settings.model_validate(settings)
+def _bottleneck(base: Base, settings: BottleneckSettings, tensors: Mapping[str, Tensor]) -> Adapter:
     parts = {}
-    for path, down in _of_layers(tensors, f".{bottleneck.NAME}.down.weight").items():
-        stem = f"{path}.{bottleneck.NAME}"
+    for path, down in _of_layers(tensors, f".{BOTTLENECK}.down.weight").items():
+        stem = f"{path}.{BOTTLENECK}"
         parts[path] = Bottleneck(
             base.stored(down),
             base.stored(tensors[f"{stem}.down.bias"]),
-            base.stored(its.scale * tensors[f"{stem}.up.weight"].T),
-            base.stored(its.scale * tensors[f"{stem}.up.bias"]),
-            its.activation,
+            base.stored(settings.scale * tensors[f"{stem}.up.weight"].T),
+            base.stored(settings.scale * tensors[f"{stem}.up.bias"]),
+            settings.activation,
         )
     return Adapter({}, parts)
 
 
-_READERS: dict[str, Callable[[Base, dict[str, Any], Mapping[str, Tensor]], Adapter]] = {
-    "LORA": _lora,
-    "ADALORA": _adalora,
-    "VERA": _vera,
-    "IA3": _ia3,
-    "PREFIX_TUNING": _prefix,
-    "PROMPT_TUNING": _prompt,
-    "P_TUNING": _prompt,
-    "FTRAY_BOTTLENECK": _bottleneck,
+_READERS: dict[type, Callable[..., Adapter]] = {
+    LoraSettings: _lora,
+    AdaLoraSettings: _adalora,
+    VeraSettings: _vera,
+    Ia3Settings: _ia3,
+    PrefixSettings: _prefix,
+    PromptSettings: _prompt,
+    BottleneckSettings: _bottleneck,
 }

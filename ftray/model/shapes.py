@@ -76,6 +76,8 @@ class Shapes:
     """The head's weight is the embedding's."""
     parts: tuple[Part, ...]
     """Embeddings, normalizations and whatever else is no linear layer, each parameter once."""
+    positions: int | None = None
+    """The longest sequence; None where config.json does not say."""
 
     @property
     def embeddings(self) -> int:
@@ -151,6 +153,7 @@ class _LlamaLike:
             head=Linear("lm_head", hidden, vocabulary),
             tied=config.get("tie_word_embeddings", self.default_tied),
             parts=tuple(self._parts(layers, hidden, head_dim, vocabulary)),
+            positions=config.get("max_position_embeddings"),
         )
 
     def _parts(self, layers: int, hidden: int, head_dim: int, vocabulary: int) -> Iterator[Part]:
@@ -226,6 +229,7 @@ def _gpt2(config: dict[str, Any]) -> Shapes:
             *_layer_norms([f"transformer.h.{i}.ln_{n}" for i in range(layers) for n in (1, 2)], hidden),
             *_layer_norms(["transformer.ln_f"], hidden),
         ),
+        positions=positions,
     )
 
 
@@ -261,6 +265,7 @@ def _gpt_neox(config: dict[str, Any]) -> Shapes:
             *_layer_norms([f"gpt_neox.layers.{i}.{n}_layernorm" for i in range(layers) for n in norms], hidden),
             *_layer_norms(["gpt_neox.final_layer_norm"], hidden),
         ),
+        positions=config.get("max_position_embeddings"),
     )
 
 

@@ -174,6 +174,7 @@ def shapes_of_module(net: Any, config: dict[str, Any]) -> Shapes:
             for path, parameter, kind in parameter_kinds(net)
             if kind not in ("linear", "head")
         ),
+        positions=getattr(settings, "max_position_embeddings", None),
     )
 
 

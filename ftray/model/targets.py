@@ -6,14 +6,22 @@ The planner and the code that attaches a method both ask here, so that what `che
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 from ftray.config.methods import IA3, DoRA, Freeze, LoRA, QDoRA, QLoRA
 from ftray.errors import ModelError
 
 LowRank = LoRA | DoRA | QLoRA | QDoRA
+_Value = TypeVar("_Value")
+
+ATTENTION_PARTS = ("self_attn", "attn", "attention", "self_attention")
+FEED_FORWARD_PARTS = ("mlp", "feed_forward", "ffn")
+"""Names of the parts of a block, behind which bottleneck adapters stand."""
+BOTTLENECK = "bottleneck_adapter"
+"""Name of a bottleneck adapter inside its part."""
 
 
 def select(targets: Literal["all-linear"] | Sequence[str], linears: Iterable[str]) -> list[str]:
@@ -48,10 +56,21 @@ def _could(target: str, candidates: Sequence[str]) -> str:
 
 def rank_of(path: str, method: LowRank) -> int:
     """Rank of one target, by the first pattern of `rank_pattern` that matches the end of its path."""
-    for pattern, rank in method.rank_pattern.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT matches its rank_pattern
-            return rank
-    return method.rank
+    return by_pattern(path, method.rank_pattern, method.rank)
+
+
+def by_pattern(path: str, patterns: Mapping[str, _Value], default: _Value) -> _Value:
+    """The value of the first pattern that matches the end of a module's path, as PEFT matches `rank_pattern` and
+    `alpha_pattern`."""
+    for pattern, value in patterns.items():
+        if _compiled(pattern).match(path):
+            return value
+    return default
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def check_patterns(method: LowRank, targeted: Sequence[str]) -> None:

@@ -16,20 +16,14 @@ from ftray.config import Prefix, Prompt, PTuning, Run
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import ModelError
 from ftray.model.adapters import origin, peft_model
+from ftray.model.positions import refuse_positions
 
 
 def attach_virtual(model: Any, run: Run) -> Any:
     """PEFT's model of `run.method` on a frozen base. Raises ModelError when virtual tokens and rows are longer than the
     base's positions."""
     method: Any = run.method
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and method.tokens + run.data.max_length > longest:
-        raise ModelError(
-            f"{method.tokens} virtual tokens and rows of up to {run.data.max_length} are more than the base's {longest}"
-            " positions",
-            where="method.tokens",
-            hint=f"lower method.tokens or data.max_length: together at most {longest}",
-        )
+    refuse_positions(run, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     if isinstance(method, Prompt):
         initial = _initial_prompt(model, run, method)
     model = peft_model(model, _config(model, run), run)

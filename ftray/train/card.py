@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ftray import __version__
-from ftray.config import DPO, LOW_RANK, Bottleneck, Freeze, Full, LoRA, Run, Train
+from ftray.config import DPO, LOW_RANK, Bottleneck, Freeze, Full, LoRA, Run, Strategy, Train
 from ftray.redact import redact, redact_values
 
 METHOD_NAMES = {
@@ -185,9 +185,20 @@ def _hyperparameters(run: Run, summary: dict[str, Any]) -> str:
         ("Longest row", f"{run.data.max_length:,} tokens"),
         ("Compute", train.precision),
         ("Workers", str(run.workers.count)),
+        *([("Divided by", _division(run.strategy))] if run.strategy else []),
         ("Seed", str(run.seed)),
     ]
     return "## Training\n\n" + _table(("", ""), rows)
+
+
+def _division(strategy: Strategy) -> str:
+    """What is divided among the workers, and what lies elsewhere than on the device."""
+    what = {0: "nothing", 1: "optimizer states", 2: "optimizer states and gradients", 3: "all states and weights"}
+    text = f"DeepSpeed ZeRO {strategy.zero}: {what[strategy.zero]}"
+    for name, place in (("optimizer", strategy.offload_optimizer), ("weights", strategy.offload_parameters)):
+        if place != "none":
+            text += f"; {name} {'on the host' if place == 'cpu' else 'on NVMe'}"
+    return text
 
 
 def _knobs(method: Any) -> list[tuple[str, Any]]:
@@ -305,6 +316,8 @@ def _shorten_paths(run: Run, values: dict[str, Any]) -> None:
     for key in ("cache", "chat_template"):
         if values["data"][key]:
             values["data"][key] = last_part(values["data"][key])
+    if run.strategy and run.strategy.nvme_path:
+        values["strategy"]["nvme_path"] = last_part(run.strategy.nvme_path)
     values["output"] = "runs/{name}"
     values.pop("logging", None)  # where this machine's numbers go is nobody else's matter
 

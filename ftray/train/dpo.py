@@ -49,7 +49,8 @@ class PreferenceLoss(nn.Module):
         rewards = self.options.beta * (policy - self._reference(batch))
         chosen, rejected = rewards[: 2 * pairs].view(pairs, 2).unbind(1)
         margin, wrong = chosen - rejected, self.options.label_smoothing
-        told = torch.stack([margin, (margin > 0).float(), chosen, rejected]).detach().sum(1)
+        hits = (margin > 0).float() + 0.5 * (margin == 0)  # at the start nearly every pair is a tie
+        told = torch.stack([margin, hits, chosen, rejected]).detach().sum(1)
         self._sums.append(torch.cat([told.new_tensor([pairs]), told]))
         return -((1 - wrong) * F.logsigmoid(margin) + wrong * F.logsigmoid(-margin)).sum()
 
@@ -70,8 +71,8 @@ class PreferenceLoss(nn.Module):
         return sums
 
     def figures(self, sums: list[float]) -> dict[str, float]:
-        """Means over pairs: the margin, the share of pairs whose chosen completion has the higher reward (`accuracy`),
-        and both rewards."""
+        """Means over pairs: the margin, the share of pairs whose chosen completion has the higher reward (`accuracy`,
+        a tie being half), and both rewards."""
         return {name: value / sums[0] for name, value in zip(_FIGURES, sums[1:], strict=True)}
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from ftray.config import Run
 from ftray.data.prepare import make_plan, prepare
-from ftray.errors import FtrayError, RunError, RunStopped
+from ftray.errors import FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
-from ftray.session import ray_session, stand_aside
+from ftray.session import in_a_job, ray_session, stand_aside
 from ftray.train import commits, native
 from ftray.train.identity import identity, refuse_other_run
 
@@ -41,6 +41,7 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
     after such a stop, RunError when the run could not go on, UserError for what the user can mend.
     """
     started = time.perf_counter()
+    preflight(run)
     with ray_session(verbose=verbose, cpus=local_cpus(run)):
         if committed := commits.newest_identity(run.folder):
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
@@ -61,6 +62,22 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
             hint="the same command goes on",
         )
     return summary
+
+
+def preflight(run: Run) -> None:
+    """What can be known before Ray starts. Raises UserError where the method does not fit the base, or this machine, if
+    it is the one that trains, lacks what offload needs."""
+    from ftray.model.plan import make_plan as make_memory_plan
+    from ftray.model.source import find_shapes
+
+    try:
+        shapes, _ = find_shapes(run.model)
+    except ModelError:  # its config.json is not at hand here; the workers will see
+        shapes = None
+    if shapes is not None:
+        make_memory_plan(run, shapes)
+    if not in_a_job():
+        native.refuse_nvme(run)
 
 
 def _until(stop: threading.Event, on_event: Emit, folder: str) -> Emit:
@@ -84,7 +101,8 @@ def local_cpus(run: Run) -> int:
 
 
 def _compile_on_nodes(run: Run, on_event: Emit) -> None:
-    """Compile what offload needs of DeepSpeed, once on each machine, before workers wait for it. Raises RunError."""
+    """Compile what offload needs of DeepSpeed, once on each machine, before workers wait for it. Raises RunError, and
+    ConfigError where a machine has no place for what goes to NVMe."""
     names = native.parts(run)
     if not names:
         return
@@ -97,16 +115,17 @@ def _compile_on_nodes(run: Run, on_event: Emit) -> None:
         gpu_nodes = {node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU")}
         here = [place for place in here if place.node_id in gpu_nodes]
 
-    def on_each(function: Callable[[list[str]], Any]) -> list[Any]:
+    def on_each(function: Callable[[Any], Any], argument: Any) -> list[Any]:
         task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
-        return ray.get([task.options(scheduling_strategy=place).remote(names) for place in here])
-
-    if any(on_each(native.missing)):
-        on_event({"kind": "status", "text": _COMPILING[names[-1]]})
         try:
-            on_each(native.compile_parts)
+            return ray.get([task.options(scheduling_strategy=place).remote(argument) for place in here])
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, FtrayError) else error from None
+
+    on_each(native.refuse_nvme, run)
+    if any(on_each(native.missing, names)):
+        on_event({"kind": "status", "text": _COMPILING[names[-1]]})
+        on_each(native.compile_parts, names)
 
 
 _COMPILING = {
@@ -205,8 +224,10 @@ def _worker_main(config: dict[str, Any]) -> None:
     channel = _BoardChannel(config["board"], world.rank)
     if channel.has_failed():  # started again only because one worker failed for good while others waited for it
         return
+    restarts = channel.begin() - 1 if world.is_first else 0
     try:
-        summary = train_worker(Run.model_validate(config["run"]), PreparedData.open(config["data"]), world, channel)
+        run, data = Run.model_validate(config["run"]), PreparedData.open(config["data"])
+        summary = train_worker(run, data, world, channel, restarts=restarts)
     except FtrayError as error:
         if not channel.fail(error, world.size):
             raise
@@ -230,6 +251,11 @@ class Board:
         self._failures = 0
         self._summary: dict[str, Any] | None = None
         self._crashes: list[str] = []
+        self._begun = 0
+
+    def begin(self) -> int:
+        self._begun += 1
+        return self._begun
 
     def push(self, events: list[dict[str, Any]]) -> bool:
         self._events += events
@@ -266,6 +292,12 @@ class _BoardChannel:
         self._pushed_at = 0.0
         self._answer: Any = None
         self._stop = False
+
+    def begin(self) -> int:
+        """Groups of workers that began so far, this one included. For one worker of a group to ask."""
+        import ray
+
+        return ray.get(self._board.begin.remote())
 
     def emit(self, event: dict[str, Any]) -> None:
         self._waiting.append(event)
@@ -354,8 +386,6 @@ def _tracked(run: Run, on_event: Emit) -> Iterator[Emit]:
 
     def event_and_trackers(event: dict[str, Any]) -> None:
         nonlocal sinks
-        if event["kind"] == "start" and sinks:
-            on_event({"kind": "warning", "text": "a worker was lost; Ray Train started the group again"})
         on_event(event)
         if event["kind"] == "start":
             stand_aside()

@@ -47,13 +47,17 @@ class Channel(Protocol):
     def stop_requested(self) -> bool: ...
 
 
-def train_worker(run: Run, data: PreparedData, world: World, channel: Channel) -> dict[str, Any]:
+def train_worker(run: Run, data: PreparedData, world: World, channel: Channel, *, restarts: int = 0) -> dict[str, Any]:
     """Train as one worker of `world`, from the newest commit on; returns the summary (every worker the same one).
 
-    Raises RunError when too many steps in a row had no finite loss, UserError for what the user can mend.
+    `restarts` is how often the group of workers was started again because one was lost. Raises RunError when too many
+    steps in a row had no finite loss, UserError for what the user can mend.
     """
     worker = _Worker(run, data, world, channel)
     worker.resume()
+    if restarts:
+        again = {1: "again", 2: "for the third time"}.get(restarts, f"for the {restarts + 1}th time")
+        worker.warn(f"a worker was lost; Ray Train started the group {again}")
     worker.train()
     return worker.finish()
 
@@ -63,6 +67,8 @@ class _Worker:
 
     def __init__(self, run: Run, data: PreparedData, world: World, channel: Channel) -> None:
         self.run, self.data, self.world, self.channel = run, data, world, channel
+        self.log: MetricsLog | None = None
+        self._unlogged: list[dict[str, Any]] = []
         self.pad_id = load_tokenizer(run.model, run.data.chat_template).pad_token_id
         self.identity = identity(run, self.data.digest)
         # read before the model loads: a folder of another run is refused at once
@@ -111,7 +117,10 @@ class _Worker:
             self.progress = self.found.progress
             self.committed = self.resumed_from = self.progress.step
         self.found, self.first_step = None, self.progress.step
-        self.log = MetricsLog(self.run.folder, self.progress.metrics_bytes) if self.world.is_first else None
+        if self.world.is_first:
+            self.log = MetricsLog(self.run.folder, self.progress.metrics_bytes)
+            for warning in self._unlogged:
+                self.log.write(warning)
         self.emit(
             kind="start",
             steps=self.steps,
@@ -350,8 +359,12 @@ class _Worker:
             self.channel.emit(event)
 
     def warn(self, text: str) -> None:
-        if self.world.is_first:
-            self.channel.emit({"kind": "warning", "text": text})
+        warning = {"kind": "warning", "text": text}
+        if self.world.is_first and self.log is None:  # before the run's folder is known to be its own
+            self._unlogged.append(warning)
+            self.channel.emit(warning)
+        else:
+            self.emit(**warning)
 
 
 def trained_count(model: nn.Module) -> int:

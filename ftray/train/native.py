@@ -7,13 +7,15 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from ftray.config import Run
-from ftray.errors import RunError
+from ftray.errors import ConfigError, RunError
 from ftray.manifest import digest_of
 
 _BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
@@ -27,6 +29,23 @@ def parts(run: Run) -> list[str]:
     offloads = (strategy.offload_optimizer, strategy.offload_parameters)
     adam = ["cpu_adam"] if strategy.offload_optimizer != "none" else []
     return adam + (["async_io"] if "nvme" in offloads else [])
+
+
+def refuse_nvme(run: Run) -> None:
+    """Raises ConfigError where this machine cannot write to `strategy.nvme_path`, or make it."""
+    if run.strategy is None or run.strategy.nvme_path is None:
+        return
+    wanted = Path(os.path.abspath(run.strategy.nvme_path))
+    there = next(path for path in (wanted, *wanted.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".ftray-", dir=there):
+            return
+    except OSError as error:
+        raise ConfigError(
+            f"{wanted} cannot be written to on {socket.gethostname()}: {there}: {error.strerror}",
+            where="strategy.nvme_path",
+            hint="give a folder on a fast local disk that the workers may write to",
+        ) from None
 
 
 def missing(names: list[str]) -> list[str]:

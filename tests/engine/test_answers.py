@@ -34,15 +34,26 @@ pytestmark = [
 ]
 
 
-def new_engine(base, artefacts, **options: Any) -> Engine:
-    options = {"slots": 16, "context": 256} | options
-    return Engine(base, lambda ref: base.read(artefacts[ref.name]), EngineOptions(**options))
-
-
 @pytest.fixture(scope="module", params=["fp32", "nf4"])
 def base(request):
     nf4 = request.param == "nf4"
     return load_base(EMBEDDED, quantized=nf4, dtype=torch.bfloat16 if nf4 else torch.float32)
+
+
+@pytest.fixture
+def new_engine(base, artefacts):
+    """Engines over the artefacts, one at a time."""
+    made: list[Engine] = []
+
+    def new(**options: Any) -> Engine:
+        if made:
+            made[-1].close()
+        options = {"slots": 16, "context": 256} | options
+        made.append(Engine(base, lambda ref: base.read(artefacts[ref.name]), EngineOptions(**options)))
+        return made[-1]
+
+    yield new
+    made[-1].close()
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +73,6 @@ def oracle(base, artefacts):
         if (artefacts[name] / "adapter_config.json").read_text().count("FTRAY_BOTTLENECK"):
             return bottleneck.load(model, artefacts[name])
         model = PeftModel.from_pretrained(model, artefacts[name])
-        if hasattr(model, "prompt_encoder"):  # in fp32, which its own attention refuses beside bf16
-            model.prompt_encoder.to(base.model.dtype)
         return model
 
     def ask(name: str | None, prompt: tuple[int, ...]) -> tuple[list[int], torch.Tensor]:
@@ -71,7 +80,9 @@ def oracle(base, artefacts):
             models[name] = model_of(name)
         if (name, prompt) not in answers:
             ids = torch.tensor([prompt])
-            with evaluating(models[name]):  # NF4 stays as it is on the disk: PEFT's DoRA reads it
+            # PEFT's IA3 on NF4 makes keys of fp32, which attention refuses beside bf16 queries; autocast casts them
+            mended = torch.autocast("cpu", torch.bfloat16, enabled=name == "ia3" and base.model.dtype == torch.bfloat16)
+            with mended, evaluating(models[name]):  # NF4 stays as it is on the disk: PEFT's DoRA reads it
                 out = models[name].generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -125,15 +136,14 @@ def check(request: Request, tokens: list[int], oracle) -> None:
     expected, logits = oracle(request.adapter.name if request.adapter else None, request.prompt)
     for place, (ours, theirs) in enumerate(zip(tokens, expected, strict=False)):
         if ours != theirs:
-            # In bf16 two tokens may tie; what was written before is the same, so are the logits, and the rest differs.
+            # In bf16, with 8 bits, two tokens may as good as tie. Both wrote the same before, and differ from here on.
             row = logits[place]
-            assert float(row.max() - row[ours]) <= 2**-6 * float(row.abs().max()), (request.adapter, place)
-            assert logits.dtype == torch.float32
+            assert float(row.max() - row[ours]) <= 2**-5 * float(row.abs().max()), (request.adapter, place)
             return
 
 
-def test_32_requests_of_16_kinds_at_once(base, artefacts, oracle):
-    engine = new_engine(base, artefacts, slots=32)
+def test_32_requests_of_16_kinds_at_once(base, artefacts, new_engine, oracle):
+    engine = new_engine(slots=32)
     requests = requests_of(base, [None, *artefacts], 32)
     tokens, last = drive(engine, {0: requests})
     for request in requests:
@@ -146,16 +156,16 @@ def test_32_requests_of_16_kinds_at_once(base, artefacts, oracle):
             assert tokens[request.id] == oracle(request.adapter and request.adapter.name, request.prompt)[0]
     different = {tuple(tokens[r.id]) for r in requests if r.prompt == requests[0].prompt}
     assert len(different) > 3, "the adapters do something"
-    engine.close()
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_joins_leaves_and_pieces_of_prompts(base, artefacts, oracle, reuse):
+def test_joins_leaves_and_pieces_of_prompts(base, artefacts, new_engine, oracle, reuse):
     """Few slots, small steps, arrivals and cancellations spread over the steps: every answer is still its own."""
-    engine = new_engine(base, artefacts, slots=6, step_tokens=14, prompt_tokens=20, adapters=4, reuse_prefixes=reuse)
+    engine = new_engine(slots=6, step_tokens=14, prompt_tokens=20, adapters=4, reuse_prefixes=reuse)
     rng = random.Random(7)
     arriving: dict[int, list[Request]] = {}
-    requests = [*requests_of(base, [None, *artefacts], 32), *requests_of(base, [None, *artefacts], 32, "u")]
+    requests = [*requests_of(base, [None, *artefacts], 32), *requests_of(base, [None, *artefacts], 16, "u")]
+    requests += requests_of(base, ["lora", "dora"], 20, "v")  # some begin alike
     for request in requests:
         arriving.setdefault(rng.randrange(120), []).append(request)
     cancelling = {rng.randrange(150): request.id for request in rng.sample(requests, 8)}
@@ -168,31 +178,28 @@ def test_joins_leaves_and_pieces_of_prompts(base, artefacts, oracle, reuse):
     assert (stats.running, stats.waiting, stats.adapter_users) == (0, 0, 0)
     assert (stats.cached_tokens > 0) == reuse
     assert len(engine._table.free) == 6
-    engine.close()
 
 
-def test_a_second_turn_reads_only_what_is_new(base, artefacts):
-    engine = new_engine(base, artefacts)
+def test_a_second_turn_reads_only_what_is_new(base, new_engine):
+    engine = new_engine()
     first = requests_of(base, ["lora"], 1)[0]
     tokens, _ = drive(engine, {0: [first]})
     more = Request("more", (*first.prompt, *tokens[first.id], 9, 10), first.sampling, first.adapter, first.tenant)
     _, last = drive(engine, {0: [more]})
     assert last["more"].usage.cached_tokens == len(first.prompt) + NEW - 1  # the last token never went through the base
     again = drive(engine, {0: [more]})[0]
-    engine.close()
-    fresh = new_engine(base, artefacts, reuse_prefixes=False)
+    fresh = new_engine(reuse_prefixes=False)
     assert drive(fresh, {0: [more]})[0] == again
-    fresh.close()
 
 
 @pytest.mark.parametrize(
-    ("tenant", "adapter", "shared"), [("t", "lora", True), ("u", "lora", False), ("t", "dora", False), ("t", None, False)]
+    ("tenant", "adapter", "shared"),
+    [("t", "lora", True), ("u", "lora", False), ("t", "dora", False), ("t", None, False)],
 )
-def test_keys_and_values_are_shared_by_one_tenant_and_adapter_alone(base, artefacts, tenant, adapter, shared):
-    engine = new_engine(base, artefacts)
+def test_keys_and_values_are_shared_by_one_tenant_and_adapter_alone(base, new_engine, tenant, adapter, shared):
+    engine = new_engine()
     first = requests_of(base, ["lora"], 5)[4]
     ref = Ref("t", adapter, adapter) if adapter else None
     second = Request("second", first.prompt, first.sampling, ref, tenant)
     _, last = drive(engine, {0: [first], 3: [second]})
     assert (last["second"].usage.cached_tokens > 0) == shared
-    engine.close()

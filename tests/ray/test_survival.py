@@ -61,6 +61,9 @@ def test_a_worker_is_killed_and_killed_again(folder, unbroken):
     assert len(killers) == 2
     assert summary["resumed_from"]
     assert sum(event["kind"] == "resume" for event in events) >= 2
+    told = [event["text"] for event in events if event["kind"] == "warning"]
+    assert any("a worker was lost" in text and "again" in text for text in told)
+    assert "for the third time" in (folder / run.name / "metrics.jsonl").read_text(), "the report reads this"
     assert_as_unbroken(folder / run.name, unbroken)
 
 

@@ -238,6 +238,8 @@ def test_a_damaged_commit_is_passed_over(tmp_path, damage):
     channel, summary = trained(run)
     assert summary["resumed_from"] == 3
     assert len(channel.of("warning")) == (0 if damage == "no manifest" else 1)
+    logged = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert [event for event in logged if event["kind"] == "warning"] == channel.of("warning"), "the report reads these"
     trained(toy_run(tmp_path / "b", "train.commit_every=3", "train.steps=9"))
     assert same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
 

@@ -82,6 +82,21 @@ def test_data_and_hyperparameters():
         assert row in text
 
 
+def test_what_zero_divides_and_where_it_lies():
+    assert "ZeRO" not in _card().text
+    full = [
+        "method={name: full}",
+        "strategy={zero: 3, offload_optimizer: nvme, offload_parameters: cpu, nvme_path: /srv/n}",
+    ]
+    card = _card(*full)
+    row = "| Divided by | DeepSpeed ZeRO 3: all states and weights; optimizer on NVMe; weights on the host |"
+    assert row in card.text
+    assert "/srv" not in card.content
+    assert (
+        "| Divided by | DeepSpeed ZeRO 1: optimizer states |" in _card("method={name: full}", "strategy={zero: 1}").text
+    )
+
+
 @pytest.mark.parametrize("path", ["/srv/models/tiny-llama", "s3://user:hunter2hunter2@bucket/models/tiny-llama/"])
 def test_nothing_of_the_machine_is_told(path):
     card = _card(f"model.path={path}", "data.cache=/srv/cache", "data.chat_template=/srv/template.jinja")

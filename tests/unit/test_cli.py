@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -72,6 +73,38 @@ def test_check_prints_the_run_and_its_arithmetic(run_file: str, capsys: pytest.C
     ):
         assert part in told.out
     assert "\x1b" not in told.out
+    assert re.fullmatch(r"NOT ready: [\d.]+ GiB does NOT fit 24 GiB", told.out.splitlines()[-1])
+
+
+def test_the_last_line_of_a_check_is_its_verdict(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["check", run_file, "workers.gpu_memory_gib=80"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "ready: fits 80 GiB"
+    assert call(["check", run_file]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("ready: takes ")
+
+
+def test_what_the_base_or_this_machine_lacks_is_told_before_anything_starts(
+    run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = ["model.path=embedded", "method={name: prompt, tokens: 1000}", "data.max_length=100"]
+    zero3 = "{zero: 3, offload_optimizer: nvme, offload_parameters: nvme, nvme_path: NVME}"
+    (tmp_path / "file").write_text("")
+    no_folder = f"strategy={zero3.replace('NVME', str(tmp_path / 'file/nvme'))}"
+    for command in ("check", "train"):
+        started = time.perf_counter()
+        assert call([command, run_file, *long]) == 2
+        assert (
+            "1000 virtual tokens and rows of up to 100 are more than the base's 1024 positions"
+            in capsys.readouterr().err
+        )
+        assert call([command, run_file, "model.path=embedded", "method={name: full}", no_folder]) == 2
+        told = capsys.readouterr().err
+        assert f"strategy.nvme_path: {tmp_path / 'file/nvme'} cannot be written to" in told
+        assert "Not a directory" in told
+        assert time.perf_counter() - started < 30
+    in_place = f"strategy={zero3.replace('NVME', str(tmp_path / 'new/nvme'))}"
+    assert call(["check", run_file, "model.path=embedded", "method={name: full}", in_place]) == 0
+    assert not (tmp_path / "new").exists(), "a check leaves nothing"
 
 
 def test_check_as_json(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +121,7 @@ def test_missing_data_fail_the_check_with_the_key(run_file: str, capsys: pytest.
     assert call(["check", run_file, "data.sources.0.path=nowhere/*.jsonl"]) == 2
     told = capsys.readouterr()
     assert "nowhere/*.jsonl: MISSING" in told.out
+    assert told.out.splitlines()[-1] == "NOT ready: data.sources.0.path: no such data"
     assert told.err.startswith("error: run a: no such data: data.sources.0.path nowhere/*.jsonl")
 
 

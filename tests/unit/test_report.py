@@ -157,6 +157,13 @@ def test_what_happened(folder):
     assert ["17", "skipped step", "the loss is not finite; its rows: cheese.jsonl:12"] in page.rows
     assert ["20", "resumed", "went on after step 20"] in page.rows
     assert any(row[1:2] == ["warning"] and "damaged & skipped" in row[2] for row in page.rows)
+    assert not any("finished" in cell for row in page.rows for cell in row), "an ordinary end is no warning"
+
+
+def test_a_stop_is_told(folder):
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "end", "reason": "stopped"}) + "\n")
+    assert ["20", "stopped", "asked to stop; everything was committed"] in _page(folder).rows
 
 
 def test_it_stands_alone(folder):
