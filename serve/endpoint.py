@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from ftray.engine.request import Chunk, Finished, Request, Usage
+from ftray.errors import RequestError
 from ftray.registry.ref import Ref
 
 from .catalog import OPEN, Caller, Catalog
@@ -193,6 +194,8 @@ class Endpoint:
 
     def note(self, served: Served, index: int, end: Finished) -> None:
         """One answer ended."""
+        if end.error is not None and not isinstance(end.error, RequestError):
+            log.error("request %s, adapter %s: %s", served.id, served.adapter or "-", end.error)
         usage, labels = end.usage, served.labels
         served.usages[index] = usage
         served.ticket.charge(usage.completion_tokens)

@@ -82,8 +82,9 @@ def of_engine(error: FtrayError | None) -> ApiError:
     """What a client is told of an error that ended its request in the engine."""
     from ftray.errors import ArtefactError, UserError
 
-    if isinstance(error, ArtefactError):  # the file names of a server are nothing to a client
-        return ApiError(500, f"This adapter cannot be used: {error.what}", code="adapter_unusable", may_retry=False)
+    if isinstance(error, ArtefactError):  # why is for the log: it may name files of the server
+        message = "This adapter cannot be used; the endpoint's log says why."
+        return ApiError(500, message, code="adapter_unusable", may_retry=False)
     if isinstance(error, UserError):
         what = f"{error.where}: {error.what}" if error.where else error.what
         return bad_request(f"{what}; {error.hint}" if error.hint else what)

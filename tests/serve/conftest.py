@@ -96,20 +96,20 @@ class InProcess:
 
     async def _alive(self, source: Any) -> AsyncGenerator[Any, None]:
         """Items of `source`, and an error when the replica is killed: as a handle raises ActorDiedError."""
-        killed = asyncio.ensure_future(self.killed.wait())
+        killed, following = asyncio.ensure_future(self.killed.wait()), asyncio.ensure_future(anext(source, None))
         try:
             while True:
-                following = asyncio.ensure_future(anext(source, None))
                 await asyncio.wait({following, killed}, return_when=asyncio.FIRST_COMPLETED)
                 if killed.done():
-                    following.cancel()
                     raise ConnectionError("the replica was killed")
-                item = following.result()
-                if item is None:
+                if (item := following.result()) is None:
                     return
+                following = asyncio.ensure_future(anext(source, None))
                 yield item
         finally:
             killed.cancel()
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
             await source.aclose()
 
     async def stats(self) -> list[dict[str, Any]]:
