@@ -14,6 +14,8 @@ from typing import Any
 
 from ray import serve
 
+from ftray.errors import ConfigError
+
 from .config import ServeConfig, parse_args
 from .replica import EngineReplica
 from .router import AdapterRouter
@@ -104,6 +106,13 @@ class Ingress:
         from .tenants import Tenants
 
         settings = ServeConfig.model_validate(config)
+        sees_clients = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1"  # it tells nobody for whom it asks
+        if settings.tenants is None and not sees_clients:
+            raise ConfigError(
+                "without keys the endpoint answers this machine alone, and behind HAProxy everybody seems to be on it",
+                where="args.tenants",
+                hint="set it to a file of tenants and keys, or unset RAY_SERVE_ENABLE_HA_PROXY",
+            )
         name = serve.get_replica_context().replica_id.unique_id
         tenants = Tenants(settings.tenants, settings.refresh_seconds) if settings.tenants else None
         if tenants is None:
@@ -117,6 +126,7 @@ class Ingress:
             metrics=Metrics(name),
             tenants=tenants,
             cores=os.cpu_count() or 1,
+            sees_clients=sees_clients,
         )
         self._watch = asyncio.get_running_loop().create_task(self.endpoint.watch())
 

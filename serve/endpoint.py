@@ -77,9 +77,12 @@ class Endpoint:
         metrics: Metrics,
         tenants: Tenants | None,
         cores: int,
+        sees_clients: bool = True,
     ) -> None:
         self.config, self.prompts, self.catalog, self.link = config, prompts, catalog, link
         self.metrics, self.tenants = metrics, tenants
+        self.sees_clients = sees_clients
+        """Whether a connection's address is its client's."""
         self.quotas = Quotas(config.ingress.replicas)
         self.context: int | None = None
         """Tokens of a prompt and its answer; None: no replica has said so yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
@@ -174,7 +175,9 @@ class Link:
     def _read(self, replica: str) -> None:
         task = self._readers.get(replica)
         if task is None or task.done():
-            self._readers[replica] = asyncio.create_task(self._read_events(replica))
+            # In a context of its own: Serve ends the calls that were made in a request's when that request ends.
+            nobodys = contextvars.Context()
+            self._readers[replica] = asyncio.create_task(self._read_events(replica), context=nobodys)
 
     async def _read_events(self, replica: str) -> None:
         """Batches of one replica, as long as there are answers in the making."""
@@ -187,18 +190,20 @@ class Link:
                             answer.put(event)
                             if isinstance(event, Finished):
                                 answers.pop(event.id, None)
-        except Exception as error:  # noqa: BLE001 - as above
+        except (Exception, asyncio.CancelledError) as error:
             for answer in list(answers.values()):
                 _log_lost(answer, error)
                 answer.fail(replica_lost())
                 answer.cancel()
+            if isinstance(error, asyncio.CancelledError):
+                raise
         finally:
             if not answers:
                 self._streaming.pop(replica, None)
                 self._readers.pop(replica, None)
 
 
-def _log_lost(answer: Answer, error: Exception) -> None:
+def _log_lost(answer: Answer, error: BaseException) -> None:
     log.warning(
         "request %s lost its replica %s: %s: %s", answer.request.id, answer.replica, type(error).__name__, error
     )
