@@ -1,0 +1,128 @@
+"""`ftray serve` on this machine: a Ray of its own, and clients that talk to the ingress itself.
+
+Ray's proxy costs half a millisecond of CPU a message, and reads for clients who do not. With its "direct ingress" the
+ingress listens on the endpoint's port. Ray insists on a proxy all the same; it gets a port that nobody is told.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from urllib.error import HTTPError, URLError
+
+from ftray.errors import ConfigError, RunError
+from ftray.session import in_a_job, ray_session
+
+from .config import ServeFile, with_absolute_paths
+
+READY_SECONDS = 600.0
+_EVERY_ADDRESS = ("0.0.0.0", "::", "")
+
+
+@contextmanager
+def session(file: ServeFile, *, verbose: bool = False, cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray, for `running`. Raises ConfigError when the port is taken."""
+    if not in_a_job():
+        _must_be_free(file.http_options.host, file.http_options.port)
+        os.environ.update(environment(file.http_options.port))
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "1" if verbose else "0")
+    with ray_session(verbose=verbose, cpus=cpus):
+        yield
+
+
+@contextmanager
+def running(file: ServeFile, *, verbose: bool = False, wait: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """The endpoint of `file` as long as the block lasts; gives its address, once it answers. Where RAY_ADDRESS names a
+    cluster, the application is deployed there, and stays. `wait` is called while it starts; what it raises ends that.
+    Raises RunError with what stopped it."""
+    from ray import serve
+
+    from .app import application
+
+    options, local = file.http_options, not in_a_job()
+    http = options.model_dump(exclude_none=True)
+    serve.start(
+        http_options={**http, "port": _free_port(options.host)} if local else http,
+        proxy_location="HeadOnly" if local else file.proxy_location,
+        logging_config=file.logging_config or {"enable_access_log": verbose},
+    )
+    try:
+        _deploy(application(with_absolute_paths(file.config)), file.application.name, wait)
+        address = f"{'https' if options.ssl_certfile else 'http'}://{_shown(options.host)}:{options.port}"
+        if local:
+            _await_ready(address, wait)
+        yield address + options.root_path
+    finally:
+        if local:
+            serve.shutdown()
+
+
+def environment(port: int) -> dict[str, str]:
+    """What Ray Serve must find set before it is imported, so that the one ingress listens on `port`."""
+    return {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),  # not included
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer has to hear of it
+        "RAY_SERVE_PORT_QUARANTINE_S": "0",  # an ingress that was replaced must get the same one
+    }
+
+
+def _deploy(application: object, name: str, wait: Callable[[], None]) -> None:
+    """Start the application and wait until it runs. Raises RunError with what stopped it."""
+    from ray import serve
+
+    serve._run(application, name=name, route_prefix="/", _blocking=False)  # type: ignore[arg-type]
+    while True:
+        wait()
+        status = serve.status().applications[name]
+        if status.status == "RUNNING":
+            return
+        if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            parts = [part.message for part in status.deployments.values() if part.message]
+            raise RunError(_cause(" ".join([status.message, *parts])), hint="the whole of it: the same with --verbose")
+        time.sleep(0.2)
+
+
+def _cause(message: str) -> str:
+    """The last line of the deepest traceback in what Ray tells of a deployment."""
+    lines = [line.strip() for line in message.replace("\\n", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
+    return (errors or lines or ["the endpoint did not start"])[-1][:500]
+
+
+def _await_ready(address: str, wait: Callable[[], None]) -> None:
+    end = time.monotonic() + READY_SECONDS
+    while time.monotonic() < end:
+        wait()
+        try:
+            with urllib.request.urlopen(f"{address}/readyz", timeout=5):
+                return
+        except (HTTPError, URLError, OSError):
+            time.sleep(0.2)
+    raise RunError(f"the endpoint was not ready within {READY_SECONDS:g} s")
+
+
+def _must_be_free(host: str, port: int) -> None:
+    try:
+        with closing(socket.create_server((host, port), reuse_port=False)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on: {error.strerror or error}",
+            where="http_options",
+            hint="another endpoint may be running; choose a port with http_options.port=…",
+        ) from None
+
+
+def _free_port(host: str) -> int:
+    with closing(socket.create_server((host, 0))) as found:
+        return found.getsockname()[1]
+
+
+def _shown(host: str) -> str:
+    return "127.0.0.1" if host in _EVERY_ADDRESS else f"[{host}]" if ":" in host else host
