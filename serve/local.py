@@ -6,6 +6,7 @@ ingress listens on the endpoint's port. Ray insists on a proxy all the same; it 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -43,6 +44,8 @@ def running(file: ServeFile, *, verbose: bool = False, wait: Callable[[], None] 
 
     from .app import application
 
+    if not verbose:  # Ray Serve's own lines of its progress
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     options, local = file.http_options, not in_a_job()
     http = options.model_dump(exclude_none=True)
     serve.start(
