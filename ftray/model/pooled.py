@@ -29,9 +29,9 @@ from ftray.model.lowrank import LowRank
 Key = Hashable
 """What an adapter is known by: its digest, a lane's number."""
 
-LONG = {"cpu": 6, "cuda": 32}
+LONG = {"cpu": 64, "cuda": 32}
 """A segment of this many tokens is a product of its own. Measured: tests/bench/pooled.py."""
-LONG_IN_C = 64
+LONG_IN_C = 48
 """The same where `LowRank` multiplies."""
 SPARSE = 3
 """Blocks are copied together when the range that they lie in is more than this many times as many. A copy reads and
@@ -248,12 +248,12 @@ class Route:
                 yield (*place, start, start + count)
             start += count
 
-    def _make_products(self, at: Places) -> Products:
-        short, long = self._divided(at, LONG[self.device.type])
+    def _make_products(self, at: Places, long_from: int | None = None) -> Products:
+        short, long = self._divided(at, long_from or LONG[self.device.type])
         return Products(tuple(self._group(kind, blocks) for kind, blocks in short.items()), (), long)
 
-    def _make_compiled(self, at: Places) -> Products:
-        short, long = self._divided(at, LONG_IN_C)
+    def _make_compiled(self, at: Places, long_from: int = LONG_IN_C) -> Products:
+        short, long = self._divided(at, long_from)
         entries = []
         for kind, tokens_of in short.items():
             starts = itertools.accumulate(map(len, tokens_of.values()), initial=0)
