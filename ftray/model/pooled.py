@@ -133,7 +133,8 @@ class Group:
     span: tuple[int, int] | None
     """The tokens, if these and no others stand in the order of the blocks. Else:"""
     source: Tensor | None
-    """int64 [n · k]: the token at each place; a place that no token takes holds any."""
+    """int64 [n · k]: the token at each place; a place that no token takes holds one of the block's own, or of any block
+    if none is its own."""
     tokens: Tensor | None
     """int64 [m]: the tokens of the group …"""
     places: Tensor | None
@@ -192,13 +193,13 @@ class Rows:
     blocks: Tensor
     """int64 [m]"""
 
-    def scale(self, pools: Pools, y: Tensor) -> Tensor:
-        """y [T, …], the tokens' rows multiplied by theirs; y itself is left alone."""
+    def scale(self, pools: Pools, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [T, …], the tokens' rows multiplied by theirs, but for the `bias` that is in them; y is left alone."""
         (vectors,) = pools.kinds[None].tensors
         factors = vectors.index_select(0, self.blocks)
-        if self.tokens is None:
-            return y * factors
-        return y.index_copy(0, self.tokens, y.index_select(0, self.tokens) * factors)
+        own = y if self.tokens is None else y.index_select(0, self.tokens)
+        scaled = own * factors if bias is None else (own - bias) * factors + bias
+        return scaled if self.tokens is None else y.index_copy(0, self.tokens, scaled)
 
 
 Places = tuple[tuple[Any, int] | None, ...]
@@ -207,7 +208,7 @@ Places = tuple[tuple[Any, int] | None, ...]
 @dataclass
 class Route:
     """Whose each token of a forward pass is. Plans are made once for each way in which layers hold the adapters, and
-    serve every step for which the batch stays as it is."""
+    serve every step for which the batch stays as it is. A route is for passes with gradients or for those without."""
 
     segments: tuple[tuple[Key | None, int], ...]
     """(adapter or None, tokens), in the order of the batch"""
@@ -279,7 +280,8 @@ class Route:
         blocks = sorted(tokens_of)
         first, count = blocks[0], blocks[-1] - blocks[0] + 1
         width = max(len(tokens) for tokens in tokens_of.values())
-        sparse = count > SPARSE * len(blocks)
+        # A gradient that is 0 becomes NaN where it meets NaN: what is trained shall meet no block but its own.
+        sparse = count > (1 if torch.is_grad_enabled() else SPARSE) * len(blocks)
         at = {block: i if sparse else block - first for i, block in enumerate(blocks)}
         chosen = self._tensor(blocks) if sparse else None
         tokens = [token for block in blocks for token in tokens_of[block]]
@@ -288,6 +290,8 @@ class Route:
         if len(tokens) == full and tokens == list(range(tokens[0], tokens[0] + full)):
             return Group(kind, first, count, chosen, width, (tokens[0], tokens[0] + full), None, None, None)
         source = [tokens[0]] * full
+        for block in blocks:
+            source[at[block] * width : (at[block] + 1) * width] = [tokens_of[block][0]] * width
         for token, place in zip(tokens, places, strict=True):
             source[place] = token
         return Group(
@@ -361,8 +365,7 @@ class PooledLinear(nn.Module):
         if products := route.low_rank(self.low):
             products.add(self.low, x.flatten(0, -2), out, low_rank, route.compiled)
         if rows := route.rows(self.gains):
-            bias = getattr(self.base, "bias", None)
-            out = rows.scale(self.gains, out) if bias is None else rows.scale(self.gains, out - bias) + bias
+            out = rows.scale(self.gains, out, getattr(self.base, "bias", None))
         if rows := route.rows(self.scales_out):
             out = rows.scale(self.scales_out, out)
         return out.view_as(y)
