@@ -3,9 +3,9 @@
 
     python tests/bench/pooled.py [--threads 2] [--device cpu]
 
-Milliseconds for the linear layers of a Llama of hidden 1,024 with 8 layers, bf16, each layer with rows of its own, so that
-nothing stays in a cache. `blocks`: batched products over the pool's blocks as they lie; `masked`: one product with all
-adapters' rows, masked; `each`: a product for each adapter; `C`: `LowRank`, on a CPU.
+Milliseconds for the linear layers of a Llama of hidden 1,024 with 8 layers, bf16, each layer with rows of its own, so
+that nothing stays in a cache. `blocks`: batched products over the pool's blocks as they lie; `masked`: one product with
+all adapters' rows, masked; `each`: a product for each adapter; `C`: `LowRank`, on a CPU.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def row(tokens: int, adapters: int, rank: int, device: torch.device, compiled: l
         pools = Pools(torch.bfloat16, device)
         for key in range(adapters):
             pools.put(key, rank, torch.randn(rank, i), torch.randn(rank, o))
-        layers.append(
-            (pools, torch.randn(tokens, i, device=device).bfloat16(), torch.zeros(tokens, o, device=device).bfloat16())
-        )
+        x, y = torch.randn(tokens, i), torch.zeros(tokens, o)
+        layers.append((pools, x.to(device, torch.bfloat16), y.to(device, torch.bfloat16)))
     segments = tuple((key, tokens // adapters) for key in range(adapters))
     owner = torch.arange(adapters, device=device).repeat_interleave(tokens // adapters)
     mask = (owner[:, None] == torch.arange(adapters, device=device)).repeat_interleave(rank, 1).bfloat16()
