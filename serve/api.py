@@ -44,8 +44,9 @@ _HEADERS = [
 ]
 
 
-def create_api(endpoint: Endpoint) -> ASGIApp:
-    """The whole of an ingress's HTTP as an ASGI application."""
+def create_api(endpoint: Endpoint, *, echo_ids: bool = False) -> ASGIApp:
+    """The whole of an ingress's HTTP as an ASGI application. With `echo_ids` it tells the request's id in a header, as
+    Ray Serve does by itself."""
     api = FastAPI(
         title="ftray",
         version=__version__,
@@ -61,7 +62,7 @@ def create_api(endpoint: Endpoint) -> ASGIApp:
     _add_health(api, endpoint)
     _add_admin(api, endpoint)
     _add_page(api)
-    return Gate(api, endpoint)
+    return Gate(api, endpoint, echo_ids)
 
 
 # ------------------------------------------------------------------------------------------------------------- routes
@@ -364,8 +365,8 @@ class Gate:
     """What holds for every request: an id, a bound for its body, who may connect at all, a count of how it ended, and
     an answer of the right shape whatever goes wrong."""
 
-    def __init__(self, app: ASGIApp, endpoint: Endpoint) -> None:
-        self._app, self._endpoint = app, endpoint
+    def __init__(self, app: ASGIApp, endpoint: Endpoint, echo_ids: bool) -> None:
+        self._app, self._endpoint, self._echo_ids = app, endpoint, echo_ids
         self._most = endpoint.config.bounds.body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -384,7 +385,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *_HEADERS]  # Ray Serve adds the request's id
+                echoed = [(b"x-request-id", id.encode())] if self._echo_ids else []
+                message["headers"] = [*message["headers"], *_HEADERS, *echoed]
             await send(message)
 
         try:

@@ -105,7 +105,6 @@ class Common(Body):
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-
     @property
     def counts_as_it_goes(self) -> bool:
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,11 @@ from ftray.registry.publish import publish
 from ftray.registry.store import Registry
 from serve.tenants import hash_of
 from tests.ray.runs import wait_for
-from tests.serve.conftest import ADMIN_KEY, train_adapter
+from tests.serve.conftest import ADMIN_KEY, free_port, train_adapter
 
 HELLO: list[Any] = [{"role": "user", "content": "What cheese do you have?"}]
 GREEDY: dict[str, Any] = {"messages": HELLO, "temperature": 0, "max_tokens": 12}
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as found:
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
