@@ -9,10 +9,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ftray.registry.store import Registry
-
 from ftray.errors import ArtefactError, ConfigError, RunError
 from ftray.registry.ref import DEFAULT_TENANT, Ref, parse_name
+from ftray.registry.store import Registry
 
 from .errors import ApiError, model_not_found
 from .tenants import Tenants

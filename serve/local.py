@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import urllib.request
@@ -41,6 +42,8 @@ def running(file: ServeFile, *, verbose: bool = False, wait: Callable[[], None] 
 
     from .app import application
 
+    if not verbose:  # Ray Serve's own lines of its progress
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     options, local = file.http_options, not in_a_job()
     logging = file.logging_config or {"enable_access_log": verbose}
     if local:

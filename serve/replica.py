@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ftray.engine.engine import Engine, load_base
-from ftray.registry.base import BaseFacts
-from ftray.registry.cache import Cache
-from ftray.registry.store import Registry
 
 from ftray.data.remote import cache_folder
 from ftray.data.tokenizer import chat_template_hash, load_tokenizer
+from ftray.engine.engine import Engine, load_base
 from ftray.engine.request import Chunk, Event, Finished, Request, Usage
 from ftray.errors import ArtefactError, QueueFull, RequestError, RunError
 from ftray.manifest import digest_of
 from ftray.model.served import Adapter, Base
 from ftray.model.source import find_shapes
+from ftray.registry.base import BaseFacts
+from ftray.registry.cache import Cache
 from ftray.registry.ref import Ref
+from ftray.registry.store import Registry
 
 from .config import ServeConfig
 from .wire import Accepted, Refused, Reply, join, merge

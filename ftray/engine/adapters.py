@@ -35,6 +35,10 @@ class Held:
     """Of these, those that need it on the device."""
     on_device: bool = False
     used: float = 0.0
+    """Last wanted or left, and"""
+    failed: float = 0.0
+    """when it failed, by the monotonic clock."""
+    nbytes: int = 0
 
     @property
     def settled(self) -> bool:
@@ -56,16 +60,19 @@ class Adapters:
         self._pooled, self._load, self._wake = pooled, load, wake
         self._most, self._memory = on_device, memory
         self._held: dict[str, Held] = {}
+        self._broken: dict[str, Held] = {}
+        """Those of them that could not be read."""
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter")
         self._ended: deque[tuple[Held, Adapter | FtrayError]] = deque()
         self._closing = threading.Event()
+        self.memory = 0
+        """Bytes in the host's memory."""
         self.loads = self.failures = self.evictions = 0
 
     def want(self, ref: Ref) -> Held:
         """One more request is for this adapter. Reading begins if nobody wanted it before."""
+        self._forgive()
         held = self._held.get(ref.digest)
-        if held and held.error and not held.users and time.monotonic() - held.used > FORGIVEN_AFTER:
-            held = None
         if held is None:
             held = self._held[ref.digest] = Held(ref)
             self._threads.submit(self._read, held)
@@ -80,8 +87,10 @@ class Adapters:
         self._shrink()
 
     def start(self, held: Held) -> bool:
-        """Bring a settled adapter onto the device for one more running request. False: there is no room now."""
-        assert held.adapter is not None
+        """Bring an adapter that was read onto the device for one more running request. False: there is no room now, or
+        it failed, which `error` tells."""
+        if held.adapter is None:
+            return False
         if not held.on_device:
             resident = [h for h in self._held.values() if h.on_device]
             if len(resident) >= self._most:
@@ -89,7 +98,13 @@ class Adapters:
                 if not idle:
                     return False
                 self._off(min(idle, key=lambda h: h.used))
-            self._pooled.put(held.ref.digest, held.adapter.deltas, held.adapter.bottlenecks)
+            try:
+                self._pooled.put(held.ref.digest, held.adapter.deltas, held.adapter.bottlenecks)
+            except Exception as error:  # noqa: BLE001  no room on the device, or an adapter that the base cannot hold
+                self._pooled.drop(held.ref.digest)
+                self._break(held, _unusable(held, "cannot be put onto the device", error))
+                self._wake()
+                return False
             held.on_device = True
         held.running += 1
         return True
@@ -103,11 +118,12 @@ class Adapters:
         while self._ended:
             held, result = self._ended.popleft()
             if isinstance(result, Adapter):
-                held.adapter = result
+                held.adapter, held.nbytes = result, result.nbytes
+                self.memory += held.nbytes
                 self.loads += 1
             else:
-                held.error = result
-                self.failures += 1
+                self._break(held, result)
+        self._forgive()
         self._shrink()
 
     def resident(self) -> list[Ref]:
@@ -118,11 +134,6 @@ class Adapters:
     @property
     def users(self) -> int:
         return sum(held.users for held in self._held.values())
-
-    @property
-    def memory(self) -> int:
-        """Bytes in the host's memory."""
-        return sum(held.adapter.nbytes for held in self._held.values() if held.adapter)
 
     def close(self) -> None:
         self._closing.set()
@@ -138,27 +149,33 @@ class Adapters:
         except FtrayError as error:
             result = error
         except Exception as error:  # noqa: BLE001  whatever an adapter does costs its own requests alone
-            result = ArtefactError(f"cannot be read: {type(error).__name__}: {error}", where=str(held.ref))
-            result.__cause__ = error
+            result = _unusable(held, "cannot be read", error)
         self._ended.append((held, result))
         if not self._closing.is_set():
             self._wake()
 
+    def _break(self, held: Held, error: FtrayError) -> None:
+        """It cannot be used: who waits for it, and who asks for it in the next seconds, gets the error."""
+        self.memory -= held.nbytes
+        held.adapter, held.nbytes, held.error, held.failed = None, 0, error, time.monotonic()
+        self._broken[held.ref.digest] = held
+        self.failures += 1
+
+    def _forgive(self) -> None:
+        """Forget failures that are old, so that these adapters are tried again."""
+        now, broken = time.monotonic(), self._broken.items()
+        for digest in [d for d, held in broken if not held.users and now - held.failed > FORGIVEN_AFTER]:
+            del self._broken[digest], self._held[digest]
+
     def _shrink(self) -> None:
-        """Let go of what nobody uses until the memory bound holds, and of errors that nobody waits for."""
-        now = time.monotonic()
-        for digest, held in list(self._held.items()):
-            if held.error and not held.users and now - held.used > FORGIVEN_AFTER:
-                del self._held[digest]
-        size = self.memory
-        if size <= self._memory:
+        """Let go of what nobody uses until the memory bound holds."""
+        if self.memory <= self._memory:
             return
         idle = [held for held in self._held.values() if held.adapter and not held.users]
         for held in sorted(idle, key=lambda held: held.used):
-            if size <= self._memory:
+            if self.memory <= self._memory:
                 break
-            assert held.adapter is not None
-            size -= held.adapter.nbytes
+            self.memory -= held.nbytes
             if held.on_device:
                 self._off(held)
             del self._held[held.ref.digest]
@@ -167,3 +184,9 @@ class Adapters:
     def _off(self, held: Held) -> None:
         self._pooled.drop(held.ref.digest)
         held.on_device = False
+
+
+def _unusable(held: Held, what: str, error: Exception) -> ArtefactError:
+    wrapped = ArtefactError(f"{what}: {type(error).__name__}: {error}", where=str(held.ref))
+    wrapped.__cause__ = error
+    return wrapped

@@ -23,6 +23,7 @@ from ftray.engine.adapters import Adapters
 from ftray.engine.choice import Choice
 from ftray.engine.grammar import Grammars
 from ftray.engine.options import EngineOptions
+from ftray.engine.probe import try_slots
 from ftray.engine.request import Chunk, Event, Finished, Request
 from ftray.engine.sampling import Sampler
 from ftray.engine.scheduler import FairQueue
@@ -45,9 +46,16 @@ def load_base(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> Base:
-    """A base for an engine. Raises ModelError."""
+    """A base for an engine. Raises ModelError, also for a family whose attention slots cannot do."""
     slots.register()
-    return Base(source, attention=slots.IMPLEMENTATION, quantized=quantized, dtype=dtype, device=device)
+    try:
+        base = Base(source, attention=slots.IMPLEMENTATION, quantized=quantized, dtype=dtype, device=device)
+    except KeyError as error:
+        if error.args != (slots.IMPLEMENTATION,):
+            raise
+        raise slots.no_interface("this base") from None
+    try_slots(base)
+    return base
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,7 @@ class Engine:
     def __init__(self, base: Base, load: Callable[[Ref], Adapter], options: EngineOptions | None = None) -> None:
         self.base, self.options = base, options or EngineOptions()
         options, cpu = self.options, base.model.device.type == "cpu"
-        allowed = getattr(base.config, "max_position_embeddings", None) or 4096
-        self.context = min(options.context or 4096, allowed)
+        self.context = min(options.context or 4096, _positions(base.config))
         self.step_tokens = options.step_tokens or (2 * options.slots if cpu else options.slots + 512)
         self.prompt_tokens = options.prompt_tokens or (256 if cpu else 4096)
         self.slots = Slots(base.model, options.slots, self.context)
@@ -104,6 +111,8 @@ class Engine:
         self._ends = _end_tokens(base)
         self._queue: FairQueue[Sequence] = FairQueue()
         self._table = SlotTable(options.slots)
+        self._doubtful: set[int] = set()
+        """Slots whose last sequence did not end with a good answer, so that there may be NaN in them."""
         self._running: list[Sequence] = []
         """In the order in which they began."""
         self._by_id: dict[str, Sequence] = {}
@@ -221,6 +230,9 @@ class Engine:
             assert sequence.slot is not None
             if source is not None:
                 self.slots.copy(source, sequence.slot, known)
+            if sequence.slot in self._doubtful:
+                self._doubtful.discard(sequence.slot)
+                self.slots.clear(sequence.slot, known)
             virtual = sequence.virtual_tokens
             adapter = sequence.adapter
             if adapter and adapter.prefix is not None and known < virtual <= self.context:
@@ -228,6 +240,7 @@ class Engine:
                 known = virtual
             sequence.done, sequence.cached = known, max(known - virtual, 0)
             self._cached_tokens += sequence.cached
+            self._queue.charge(sequence.tenant, read=sequence.undone)
             if sequence.begin >= self.context:
                 events += self._end(sequence, "error", self._too_long(sequence.request, virtual))
         return events
@@ -258,15 +271,22 @@ class Engine:
             self._running.remove(sequence)
             self._queue.done(sequence.tenant)
             self._table.give_back(sequence)
+            if reason in ("cancelled", "error"):
+                self._doubtful.add(sequence.slot)
+            if reason == "error":
+                self._table.forget(sequence.slot)
             if sequence.held:
                 self.adapters.stop(sequence.held)
         if sequence.held:
             self.adapters.leave(sequence.held)
+            sequence.held = None  # the slot remembers the sequence, and need not keep the adapter in memory
         with self._lock:
             self._of_tenant[self._open.pop(sequence.id)] -= 1
             self._of_tenant += Counter()  # drops those at zero
             self._cancelled.discard(sequence.id)
         rest = sequence.text.finish() if reason in ("stop", "length") else ""
+        if reason == "length" and sequence.text.stopped:  # the rest completed a stop string
+            reason = "stop"
         last: list[Event] = [Chunk(sequence.id, rest)] if rest else []
         return [*last, Finished(sequence.id, reason, sequence.usage(), error)]
 
@@ -283,9 +303,7 @@ class Engine:
         self._steps += 1
         for sequence, piece in [*writing, *reading]:
             sequence.done += piece.count
-        for sequence, piece in reading:
-            self._prompt_tokens += piece.count
-            self._queue.charge(sequence.tenant, read=piece.count)
+        self._prompt_tokens += sum(piece.count for _, piece in reading)
         events: list[Event] = []
         for sequence, found in zip(sampled, chosen, strict=True):
             if found.error:
@@ -304,14 +322,14 @@ class Engine:
         return events
 
     def _compose(self) -> tuple[list[tuple[Sequence, Piece]], list[tuple[Sequence, Piece]]]:
-        """(sequences that write, sequences that read) in this step, each with its tokens. Those of one adapter stand
-        side by side, in the order of the pools."""
+        """(sequences that write, sequences that read) in this step, each with its tokens. Writing ones of one adapter
+        stand side by side, in the order of the pools; prompts of the tenant least served are read first."""
         order = self.base.pooled.order
         writing = [s for s in self._running if s.undone == 1]
         writing.sort(key=lambda s: (order(s.digest), s.slot))
         left = max(self.step_tokens - len(writing), 8) if writing else self.prompt_tokens
         reading = []
-        for sequence in self._running:
+        for sequence in sorted(self._running, key=lambda s: self._queue.served(s.tenant)):
             if sequence.undone > 1 and left:
                 count = min(sequence.undone, left)
                 left -= count
@@ -366,7 +384,7 @@ class Engine:
             else:
                 segments.append((sequence.digest, piece.count))
         key = tuple(segments)
-        route = self._routes.pop(key, None) or Route(key, self.slots.device)
+        route = self._routes.pop(key, None) or Route(key, self.slots.device, self.base.pooled.compiled)
         self._routes[key] = route
         if len(self._routes) > _ROUTES:
             self._routes.popitem(last=False)
@@ -376,8 +394,6 @@ class Engine:
         """A forward pass failed: so do the requests in it, and no other."""
         events: list[Event] = []
         for sequence, _ in row:
-            assert sequence.slot is not None
-            self._table.forget(sequence.slot)
             wrong = RunError(f"the step failed: {type(error).__name__}: {error}")
             wrong.__cause__ = error
             events += self._end(sequence, "error", wrong)
@@ -410,8 +426,18 @@ def _piece(sequence: Sequence, count: int) -> Piece:
     return Piece(sequence.slot, sequence.done, count)
 
 
+def _positions(config: Any) -> int:
+    """Positions that the base has. LongRoPE turns all sequences of a step otherwise as soon as one of them is longer
+    than what the base was first trained on, so none may be."""
+    allowed = getattr(config, "max_position_embeddings", None) or 4096
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+    longest = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min([allowed, *longest])
+
+
 def _end_tokens(base: Base) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's own, and those of the base's generation config."""
     more = base.model.generation_config.eos_token_id
     more = [] if more is None else [more] if isinstance(more, int) else more
-    return frozenset([base.tokenizer.eos_token_id, *more])
+    return frozenset(end for end in [base.tokenizer.eos_token_id, *more] if end is not None)

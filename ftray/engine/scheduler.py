@@ -49,8 +49,13 @@ class FairQueue(Generic[Item]):
         self._forget(tenant)
 
     def charge(self, tenant: str, read: int = 0, written: int = 0) -> None:
-        """`tenant` has been served so many tokens."""
+        """`tenant` has been served so many tokens. What an item's prompt takes is charged when it is popped, as in the
+        paper: many may be popped at once."""
         self._served[tenant] += READ * read + WRITTEN * written
+
+    def served(self, tenant: str) -> float:
+        """What a tenant who waits or runs has been charged."""
+        return self._served[tenant]
 
     def done(self, tenant: str) -> None:
         """One that was popped has ended."""

@@ -85,8 +85,6 @@ class SlotTable:
         """Give `sequence` a free slot; there must be one. Returns (places of it that are there already, the slot that
         they must be copied from, None if they are in its own)."""
         known, source = self._longest(sequence) if reuse else (0, None)
-        if source is None or (source not in self.free and known < WORTH_COPYING):
-            known, source = 0, None
         if source in self.free:
             slot, source = source, None
         else:
@@ -111,6 +109,8 @@ class SlotTable:
             if last is None or last.owner != sequence.owner:
                 continue
             length = common(sequence.tokens, last.tokens, min(most, last.done))
+            if slot not in self.free and length < WORTH_COPYING:
+                continue
             if length > best or (length == best and slot in self.free and found not in self.free):
                 best, found = length, slot
         return best, found if best else None

@@ -70,6 +70,9 @@ class Slots:
     def __init__(self, model: Any, count: int, places: int) -> None:
         config = model.config.get_text_config()
         layers = config.num_hidden_layers
+        found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+        if len(found) != layers:
+            raise no_interface(f"family {config.model_type!r}")
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (-(-places // PAGE), count, heads, PAGE, width)
@@ -77,13 +80,6 @@ class Slots:
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)]
         self.step: Step | None = None
-        found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
-        if len(found) != layers:
-            family = config.model_type
-            raise ModelError(
-                f"the attention of family {family!r} does not use transformers' attention interface",
-                hint="take a base of Llama's, Mistral's, Qwen's, Gemma 3's, GPT-2's or GPT-NeoX's family",
-            )
         for module in found:
             module.ftray_slots = self
 
@@ -122,9 +118,19 @@ class Slots:
 
     def copy(self, source: int, target: int, places: int) -> None:
         """The first `places` places of a slot to another."""
-        pages = -(-places // PAGE)
+        pages, rest = divmod(places, PAGE)
         for tensor in [*self.keys, *self.values]:
             tensor[:pages, target] = tensor[:pages, source]
+            if rest:
+                tensor[pages, target, :, :rest] = tensor[pages, source, :, :rest]
+
+    def clear(self, slot: int, first: int) -> None:
+        """Forget the values from place `first` on. A sequence gives no weight to what lies behind its own in the last
+        page, but no weight times NaN would be NaN."""
+        page, place = divmod(first, PAGE)
+        for tensor in self.values:
+            tensor[page : page + 1, slot, :, place:] = 0
+            tensor[page + 1 :, slot] = 0
 
     def fill(self, slot: int, prefix: Tensor) -> None:
         """Write `prefix` [layers, 2, K, V, D] to the first V places."""
@@ -203,6 +209,13 @@ def _read(piece: Piece, query: Tensor, keys: Tensor, values: Tensor, scale: floa
     scores.masked_fill_(hidden, float("-inf"))
     shares = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
     return (shares.flatten(1, 2) @ v).view(heads, count, width).transpose(0, 1)
+
+
+def no_interface(whose: str) -> ModelError:
+    return ModelError(
+        f"the attention of {whose} does not use transformers' attention interface",
+        hint="take a base of Llama's, Mistral's, Qwen's, Gemma 3's, GPT-2's or GPT-NeoX's family",
+    )
 
 
 def register() -> None:

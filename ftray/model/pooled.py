@@ -14,6 +14,7 @@ Shapes: T tokens, C blocks of a pool, r rank, n blocks of a product, k tokens of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftray.model import lowrank
+from ftray.model.lowrank import LowRank
+
 Key = Hashable
 """What an adapter is known by: its digest, a lane's number."""
 
-LONG = {"cpu": 6, "cuda": 32}
+LONG = {"cpu": 64, "cuda": 32}
 """A segment of this many tokens is a product of its own. Measured: tests/bench/pooled.py."""
+LONG_IN_C = 48
+"""The same where `LowRank` multiplies."""
 SPARSE = 3
 """Blocks are copied together when the range that they lie in is more than this many times as many. A copy reads and
 writes what the product would read."""
@@ -127,7 +133,8 @@ class Group:
     span: tuple[int, int] | None
     """The tokens, if these and no others stand in the order of the blocks. Else:"""
     source: Tensor | None
-    """int64 [n · k]: the token at each place; a place that no token takes holds any."""
+    """int64 [n · k]: the token at each place; a place that no token takes holds one of the block's own, or of any block
+    if none is its own."""
     tokens: Tensor | None
     """int64 [m]: the tokens of the group …"""
     places: Tensor | None
@@ -135,14 +142,26 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """Short segments of one rank, for `LowRank.add`."""
+
+    kind: Any
+    blocks: Tensor
+    starts: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class Products:
     """How the tokens of a batch meet the blocks of a layer's pools."""
 
     groups: tuple[Group, ...]
+    entries: tuple[Entries, ...]
+    """What `groups` would be, where low-rank products are computed by `LowRank`."""
     long: tuple[tuple[Any, int, int, int], ...]
     """(kind, block, first token, one past the last)"""
 
-    def add(self, pools: Pools, x: Tensor, y: Tensor, product: Callable[..., Tensor]) -> None:
+    def add(self, pools: Pools, x: Tensor, y: Tensor, product: Callable[..., Tensor], compiled: LowRank | None) -> None:
         """Add to y [T, out] what the adapters make of x [T, in]. `product(x, kind, *tensors)` computes [n, k, in] with
         blocks [n, …], and [k, in] with one block."""
         for g in self.groups:
@@ -157,6 +176,10 @@ class Products:
                 y[slice(*g.span)] += added
             else:
                 y.index_add_(0, g.tokens, added.index_select(0, g.places))  # type: ignore[arg-type]
+        for e in self.entries:
+            assert compiled is not None
+            down, up = pools.kinds[e.kind].tensors
+            compiled.add(x, y, down, up, e.blocks, e.starts, e.tokens)
         for kind, block, start, stop in self.long:
             y[start:stop] += product(x[start:stop], kind, *(t[block] for t in pools.kinds[kind].tensors))
 
@@ -170,13 +193,13 @@ class Rows:
     blocks: Tensor
     """int64 [m]"""
 
-    def scale(self, pools: Pools, y: Tensor) -> Tensor:
-        """y [T, …], the tokens' rows multiplied by theirs; y itself is left alone."""
+    def scale(self, pools: Pools, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [T, …], the tokens' rows multiplied by theirs, but for the `bias` that is in them; y is left alone."""
         (vectors,) = pools.kinds[None].tensors
         factors = vectors.index_select(0, self.blocks)
-        if self.tokens is None:
-            return y * factors
-        return y.index_copy(0, self.tokens, y.index_select(0, self.tokens) * factors)
+        own = y if self.tokens is None else y.index_select(0, self.tokens)
+        scaled = own * factors if bias is None else (own - bias) * factors + bias
+        return scaled if self.tokens is None else y.index_copy(0, self.tokens, scaled)
 
 
 Places = tuple[tuple[Any, int] | None, ...]
@@ -185,17 +208,26 @@ Places = tuple[tuple[Any, int] | None, ...]
 @dataclass
 class Route:
     """Whose each token of a forward pass is. Plans are made once for each way in which layers hold the adapters, and
-    serve every step for which the batch stays as it is."""
+    serve every step for which the batch stays as it is. A route is for passes with gradients or for those without."""
 
     segments: tuple[tuple[Key | None, int], ...]
     """(adapter or None, tokens), in the order of the batch"""
     device: torch.device
+    compiled: LowRank | None = None
+    """What multiplies low ranks, in bf16 on a CPU and where nothing is trained; None: torch."""
     _products: dict[Places, Products | None] = field(default_factory=dict)
+    _compiled: dict[Places, Products | None] = field(default_factory=dict)
     _rows: dict[Places, Rows | None] = field(default_factory=dict)
 
     def products(self, pools: Pools) -> Products | None:
         """None: no token of this batch has anything in these pools."""
         return self._of(pools, self._products, self._make_products)
+
+    def low_rank(self, pools: Pools) -> Products | None:
+        """The same for products that `compiled` may do."""
+        if self.compiled is None:
+            return self.products(pools)
+        return self._of(pools, self._compiled, self._make_compiled)
 
     def rows(self, pools: Pools) -> Rows | None:
         return self._of(pools, self._rows, self._make_rows)
@@ -217,21 +249,39 @@ class Route:
                 yield (*place, start, start + count)
             start += count
 
-    def _make_products(self, at: Places) -> Products:
+    def _make_products(self, at: Places, long_from: int | None = None) -> Products:
+        short, long = self._divided(at, long_from or LONG[self.device.type])
+        return Products(tuple(self._group(kind, blocks) for kind, blocks in short.items()), (), long)
+
+    def _make_compiled(self, at: Places, long_from: int = LONG_IN_C) -> Products:
+        short, long = self._divided(at, long_from)
+        entries = []
+        for kind, tokens_of in short.items():
+            starts = itertools.accumulate(map(len, tokens_of.values()), initial=0)
+            tokens = itertools.chain.from_iterable(tokens_of.values())
+            blocks, *rest = (torch.tensor(list(v), dtype=torch.int32) for v in (tokens_of, starts, tokens))
+            entries.append(Entries(kind, blocks, *rest))
+        return Products((), tuple(entries), long)
+
+    def _divided(
+        self, at: Places, long_from: int
+    ) -> tuple[dict[Any, dict[int, list[int]]], tuple[tuple[Any, int, int, int], ...]]:
+        """(tokens by kind and block, of short segments; long segments)"""
         long: list[tuple[Any, int, int, int]] = []
         short: dict[Any, dict[int, list[int]]] = {}
         for kind, block, start, stop in self._spans(at):
-            if stop - start >= LONG[self.device.type]:
+            if stop - start >= long_from:
                 long.append((kind, block, start, stop))
             else:
                 short.setdefault(kind, {}).setdefault(block, []).extend(range(start, stop))
-        return Products(tuple(self._group(kind, blocks) for kind, blocks in short.items()), tuple(long))
+        return short, tuple(long)
 
     def _group(self, kind: Any, tokens_of: dict[int, list[int]]) -> Group:
         blocks = sorted(tokens_of)
         first, count = blocks[0], blocks[-1] - blocks[0] + 1
         width = max(len(tokens) for tokens in tokens_of.values())
-        sparse = count > SPARSE * len(blocks)
+        # A gradient that is 0 becomes NaN where it meets NaN: what is trained shall meet no block but its own.
+        sparse = count > (1 if torch.is_grad_enabled() else SPARSE) * len(blocks)
         at = {block: i if sparse else block - first for i, block in enumerate(blocks)}
         chosen = self._tensor(blocks) if sparse else None
         tokens = [token for block in blocks for token in tokens_of[block]]
@@ -240,6 +290,8 @@ class Route:
         if len(tokens) == full and tokens == list(range(tokens[0], tokens[0] + full)):
             return Group(kind, first, count, chosen, width, (tokens[0], tokens[0] + full), None, None, None)
         source = [tokens[0]] * full
+        for block in blocks:
+            source[at[block] * width : (at[block] + 1) * width] = [tokens_of[block][0]] * width
         for token, place in zip(tokens, places, strict=True):
             source[place] = token
         return Group(
@@ -310,11 +362,10 @@ class PooledLinear(nn.Module):
             x = rows.scale(self.scales_in, x.flatten(0, -2)).view_as(x)
         y = self.base(x)
         out = y.flatten(0, -2)
-        if products := route.products(self.low):
-            products.add(self.low, x.flatten(0, -2), out, low_rank)
+        if products := route.low_rank(self.low):
+            products.add(self.low, x.flatten(0, -2), out, low_rank, route.compiled)
         if rows := route.rows(self.gains):
-            bias = getattr(self.base, "bias", None)
-            out = rows.scale(self.gains, out) if bias is None else rows.scale(self.gains, out - bias) + bias
+            out = rows.scale(self.gains, out, getattr(self.base, "bias", None))
         if rows := route.rows(self.scales_out):
             out = rows.scale(self.scales_out, out)
         return out.view_as(y)
@@ -348,7 +399,7 @@ class PooledBottleneck(nn.Module):
         if not products:
             return x
         y = x.flatten(0, -2).clone()
-        products.add(self.own, x.flatten(0, -2), y, _bottleneck)
+        products.add(self.own, x.flatten(0, -2), y, _bottleneck, None)
         return y.view_as(x)
 
 
@@ -371,6 +422,9 @@ class PooledModel:
 
         self.model, self.router = model, Router()
         self.dtype, self.device = model.dtype, model.device
+        in_c = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        self.compiled, self.not_compiled = lowrank.load() if in_c else (None, "")
+        """What multiplies low ranks where nothing is trained, and why torch has to, on a CPU in bf16."""
         self.linears: dict[str, PooledLinear] = {}
         self.bottlenecks: dict[str, PooledBottleneck] = {}
         self._order: dict[Key, tuple[str, int]] = {}

@@ -1,0 +1,508 @@
+"""The pooled layers against a loop that takes one token at a time, in fp32."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Hashable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from ftray.model.pooled import (
+    LONG,
+    SPARSE,
+    Bottleneck,
+    Delta,
+    PooledBottleneck,
+    PooledLinear,
+    PooledModel,
+    Route,
+    Router,
+)
+
+CPU = torch.device("cpu")
+IN, OUT = 12, 20
+TOLERANCE = 1e-5
+ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
+
+Segments = list[tuple[Hashable | None, int]]
+
+# ------------------------------------------------------------------------------------------------- what is drawn
+
+
+def normal(seed: int, *shape: int, width: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * width
+
+
+def a_linear(kind: str, inputs: int = IN, outputs: int = OUT) -> nn.Module:
+    layer = Conv1D(outputs, inputs) if kind == "conv1d" else nn.Linear(inputs, outputs, bias=kind == "bias")
+    with torch.no_grad():
+        for i, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(i, *parameter.shape, width=0.3))
+    return layer.requires_grad_(False)
+
+
+def a_delta(kind: str, rank: int, seed: int, inputs: int = IN, outputs: int = OUT) -> Delta:
+    down, up = normal(seed, rank, inputs, width=0.3), normal(seed + 1, rank, outputs, width=0.3)
+    factors = 1 + normal(seed + 2, outputs, width=0.3)
+    return {
+        "low rank": Delta(down, up),
+        "dora": Delta(down, up, gain=factors),
+        "scale in": Delta(scale_in=1 + normal(seed + 2, inputs, width=0.3)),
+        "scale out": Delta(scale_out=factors),
+    }[kind]
+
+
+def a_bottleneck(size: int, seed: int, activation: str, hidden: int = IN) -> Bottleneck:
+    shapes = [(size, hidden), (size,), (size, hidden), (hidden,)]
+    return Bottleneck(*(normal(seed + i, *shape, width=0.3) for i, shape in enumerate(shapes)), activation)
+
+
+KINDS = st.tuples(st.sampled_from(["low rank", "dora", "scale in", "scale out"]), st.sampled_from([1, 2, 3, 8]))
+LENGTHS = st.one_of(st.integers(1, LONG["cpu"] - 1), st.integers(LONG["cpu"], 40), st.just(1))
+
+
+def segments_of(keys: list[Any]) -> st.SearchStrategy[Segments]:
+    """A batch: several segments may be of one adapter, some of none."""
+    return st.lists(st.tuples(st.sampled_from([None, *keys]), LENGTHS), min_size=1, max_size=12)
+
+
+# ------------------------------------------------------------------------------------------------------- the oracle
+
+
+def one_token(layer: nn.Module, delta: Delta | None, x: Tensor) -> Tensor:
+    """What the adapter alone makes of one token [in], by the formulas of the methods' papers."""
+    if delta is None:
+        return layer(x)
+    bias = getattr(layer, "bias", None)
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    if delta.scale_in is not None:
+        x = delta.scale_in * x
+    y = weight @ x
+    if delta.down is not None:
+        y = y + delta.up.T @ (delta.down @ x)
+    if delta.gain is not None:
+        y = delta.gain * y
+    if bias is not None:
+        y = y + bias
+    return y if delta.scale_out is None else delta.scale_out * y
+
+
+def one_behind(it: Bottleneck | None, x: Tensor) -> Tensor:
+    if it is None:
+        return x
+    return x + it.up.T @ ACTIVATIONS[it.activation](it.down @ x + it.down_bias) + it.up_bias
+
+
+def owners(segments: Segments) -> list[Hashable | None]:
+    return [key for key, count in segments for _ in range(count)]
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def route_of(segments: Segments) -> Route:
+    return Route(tuple(segments), CPU)
+
+
+def check_linear(pooled: PooledLinear, router: Router, deltas: dict[Any, Delta], segments: Segments, seed: int) -> None:
+    x = normal(seed, len(owners(segments)), IN)
+    router.route = route_of(segments)
+    out, again, row = pooled(x), pooled(x), pooled(x[None])
+    assert torch.equal(out, again)
+    assert torch.equal(out, row[0])
+    expected = [one_token(pooled.base, deltas.get(k), t) for k, t in zip(owners(segments), x, strict=True)]
+    close(out, torch.stack(expected))
+    plain = [i for i, key in enumerate(owners(segments)) if key is None]
+    assert torch.equal(out[plain], pooled.base(x)[plain])
+
+
+# ------------------------------------------------------------------------------------------------------ linear layers
+
+
+@given(st.data(), st.sampled_from(["bias", "no bias", "conv1d"]), st.integers(0, 1 << 20))
+@settings(max_examples=150)
+def test_a_linear_layer_gives_each_token_what_its_adapter_alone_gives(data, kind, seed):
+    router = Router()
+    pooled = PooledLinear(a_linear(kind), router, torch.float32, CPU)
+    deltas = {i: a_delta(*k, seed + 10 * i) for i, k in enumerate(data.draw(st.lists(KINDS, max_size=10)))}
+    for key, delta in deltas.items():
+        pooled.put(key, delta)
+    check_linear(pooled, router, deltas, data.draw(segments_of(list(deltas))), seed)
+
+
+@given(st.data(), st.integers(0, 1 << 20))
+@settings(max_examples=60)
+def test_adapters_come_and_go_between_forward_passes(data, seed):
+    """Blocks are freed, taken again and more are added, while routes of earlier batches stay in use."""
+    router, deltas, batches = Router(), {}, []
+    pooled = PooledLinear(a_linear("bias"), router, torch.float32, CPU)
+    for i in range(data.draw(st.integers(2, 14))):
+        if deltas and data.draw(st.booleans()):
+            gone = data.draw(st.sampled_from(sorted(deltas)))
+            pooled.drop(gone)
+            del deltas[gone]
+        for _ in range(data.draw(st.integers(0, 3))):
+            key = data.draw(st.integers(0, 9))
+            if key not in deltas:
+                deltas[key] = a_delta(*data.draw(KINDS), seed + 50 * i + key)
+                pooled.put(key, deltas[key])
+        segments = data.draw(segments_of(sorted(deltas)))
+        batches.append(route_of(segments))
+        check_linear(pooled, router, deltas, segments, seed + i)
+        old = data.draw(st.sampled_from(batches))  # its plans were made when other adapters lay in other blocks
+        if all(key is None or key in deltas for key, _ in old.segments):
+            router.route = old
+            whose = owners(list(old.segments))
+            x = normal(seed, len(whose), IN)
+            expected = [one_token(pooled.base, deltas.get(k), t) for k, t in zip(whose, x, strict=True)]
+            close(pooled(x), torch.stack(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("used", [[0], [15], [0, 15], [1, 5, 9], [3, 4, 5], list(range(16)), [15, 0, 7, 7, 0]])
+@pytest.mark.parametrize("tokens", [1, 2, LONG["cpu"] - 1, LONG["cpu"]])
+def test_blocks_that_lie_apart(used, tokens):
+    router = Router()
+    pooled = PooledLinear(a_linear("bias"), router, torch.float32, CPU)
+    deltas = {i: a_delta("dora", 4, 10 * i) for i in range(16)}
+    for key, delta in deltas.items():
+        pooled.put(key, delta)
+    check_linear(pooled, router, deltas, [(key, tokens) for key in used], 1)
+    products = router.route.products(pooled.low)
+    count = max(used) - min(used) + 1
+    if tokens < LONG["cpu"]:
+        (group,) = products.groups
+        sparse, sorted_once = count > SPARSE * len(set(used)), used == sorted(set(used))
+        assert (group.chosen is not None) == sparse
+        assert (group.span is not None) == (sorted_once and (sparse or count == len(used)))
+    else:
+        assert not products.groups
+
+
+def test_a_pool_grows_by_doubling_and_is_given_back():
+    pooled = PooledLinear(a_linear("bias"), Router(), torch.float32, CPU)
+    delta = a_delta("dora", 4, 0)
+    block = sum(t.nbytes for t in (delta.down, delta.up, delta.gain))
+    sizes = []
+    for key in range(9):
+        pooled.put(key, delta)
+        sizes.append(sum(pools.nbytes for pools in pooled.pools()) // block)
+    assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    pooled.drop("unknown")
+    for key in range(4):
+        pooled.drop(key)
+    pooled.put("new", delta)
+    assert pooled.low.where["new"] == (4, 0), "the lowest free block"
+    for key in [*range(4, 9), "new"]:
+        pooled.drop(key)
+    assert sum(pools.nbytes for pools in pooled.pools()) == 0
+
+
+def test_without_a_route_or_adapters_the_base_answers():
+    router = Router()
+    pooled = PooledLinear(a_linear("conv1d"), router, torch.float32, CPU)
+    x = normal(0, 5, IN)
+    assert torch.equal(pooled(x), pooled.base(x))
+    router.route = route_of([(None, 5)])
+    assert torch.equal(pooled(x), pooled.base(x))
+    pooled.put("a", a_delta("dora", 2, 0))
+    assert torch.equal(pooled(x), pooled.base(x))
+    router.route = None
+    assert torch.equal(pooled(x), pooled.base(x))
+
+
+# -------------------------------------------------------------------------------------------------------- bottlenecks
+
+
+@given(st.data(), st.integers(0, 1 << 20))
+@settings(max_examples=60)
+def test_bottlenecks(data, seed):
+    kinds = st.lists(st.tuples(st.sampled_from([1, 3, 8]), st.sampled_from(sorted(ACTIVATIONS))), max_size=8)
+    router = Router()
+    pooled = PooledBottleneck(router, torch.float32, CPU)
+    parts = {i: a_bottleneck(size, seed + 10 * i, name) for i, (size, name) in enumerate(data.draw(kinds))}
+    for key, part in parts.items():
+        pooled.put(key, part)
+    segments = data.draw(segments_of(list(parts)))
+    x = normal(seed, len(owners(segments)), IN)
+    before = x.clone()
+    router.route = route_of(segments)
+    out = pooled(x)
+    assert torch.equal(x, before), "what comes in is left alone"
+    close(out, torch.stack([one_behind(parts.get(k), t) for k, t in zip(owners(segments), x, strict=True)]))
+    plain = [i for i, key in enumerate(owners(segments)) if key is None]
+    assert torch.equal(out[plain], x[plain])
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+def leaves(pooled: PooledLinear | PooledBottleneck) -> list[Tensor]:
+    """The pools' tensors, which are trained from now on."""
+    tensors = [t for pools in pooled.pools() for pool in pools.kinds.values() for t in pool.tensors]
+    return [t.requires_grad_() for t in tensors]
+
+
+@given(st.data(), st.sampled_from(["bias", "no bias", "conv1d"]), st.integers(0, 1 << 20))
+@settings(max_examples=80)
+@example(None, "bias", 1)
+def test_gradients_of_a_linear_layer(data, kind, seed):
+    if data is None:  # a gap between the blocks, one block that is not in the batch, and a long segment
+        kinds, segments = [("low rank", 2)] * 3, [(2, 1), (None, 1), (0, 3), (2, 2), (0, 9)]
+    else:
+        kinds = data.draw(st.lists(KINDS, min_size=1, max_size=6))
+        segments = data.draw(segments_of(list(range(len(kinds)))))
+    router = Router()
+    pooled = PooledLinear(a_linear(kind), router, torch.float32, CPU)
+    deltas = {i: a_delta(*k, seed + 10 * i) for i, k in enumerate(kinds)}
+    for key, delta in deltas.items():
+        pooled.put(key, delta)
+        for tensor in vars(delta).values():
+            if tensor is not None:
+                tensor.requires_grad_()
+    leaves(pooled)
+    whose, x = owners(segments), normal(seed, len(owners(segments)), IN).requires_grad_()
+    weights = normal(seed + 1, len(whose), OUT)
+    router.route = route_of(segments)
+    (pooled(x) * weights).sum().backward()
+    own = x.detach().clone().requires_grad_()
+    expected = torch.stack([one_token(pooled.base, deltas.get(k), t) for k, t in zip(whose, own, strict=True)])
+    (expected * weights).sum().backward()
+    close_gradient(x.grad, own.grad)
+    for key, delta in deltas.items():
+        for pools, tensors in (
+            (pooled.low, [delta.down, delta.up]),
+            (pooled.gains, [delta.gain]),
+            (pooled.scales_in, [delta.scale_in]),
+            (pooled.scales_out, [delta.scale_out]),
+        ):
+            for i, tensor in enumerate(tensors):
+                if tensor is not None:
+                    rank, block = pools.where[key]
+                    close_gradient(gradient(pools.kinds[rank].tensors[i])[block], gradient(tensor))
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def close_gradient(a: Tensor, b: Tensor) -> None:
+    """Sums over up to hundreds of tokens."""
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_bottlenecks():
+    router = Router()
+    pooled = PooledBottleneck(router, torch.float32, CPU)
+    parts = {i: a_bottleneck(3, 10 * i, "gelu") for i in range(5)}
+    for key, part in parts.items():
+        pooled.put(key, part)
+        for tensor in (part.down, part.down_bias, part.up, part.up_bias):
+            tensor.requires_grad_()
+    leaves(pooled)
+    segments: Segments = [(4, 2), (None, 3), (0, 1), (2, 9), (4, 1), (2, 2)]
+    whose, x = owners(segments), normal(1, 18, IN).requires_grad_()
+    weights = normal(2, 18, IN)
+    router.route = route_of(segments)
+    (pooled(x) * weights).sum().backward()
+    own = x.detach().clone().requires_grad_()
+    (torch.stack([one_behind(parts.get(k), t) for k, t in zip(whose, own, strict=True)]) * weights).sum().backward()
+    close_gradient(x.grad, own.grad)
+    for key, part in parts.items():
+        kind, block = pooled.own.where[key]
+        tensors = part.down, part.down_bias, part.up, part.up_bias
+        for tensor, ours in zip(tensors, pooled.own.kinds[kind].tensors, strict=True):
+            close_gradient(ours.grad[block].view_as(tensor), gradient(tensor))
+
+
+def test_gradients_through_nf4():
+    """Its product is a function of bitsandbytes' own, to whose output the pools add."""
+    import bitsandbytes as bnb
+
+    whole = a_linear("bias", 64, 32)
+    layer = bnb.nn.Linear4bit(64, 32, bias=True, quant_type="nf4", compute_dtype=torch.float32)
+    layer.load_state_dict(whole.state_dict())
+    layer = layer.to("cpu").requires_grad_(False)
+    dequantized = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    router = Router()
+    pooled = PooledLinear(layer, router, torch.float32, CPU)
+    plain = nn.Linear(64, 32)
+    plain.load_state_dict({"weight": dequantized, "bias": whole.bias})
+    plain.requires_grad_(False)
+    deltas = {i: a_delta("dora" if i else "low rank", 4, 10 * i, 64, 32) for i in range(3)}
+    for key, delta in deltas.items():
+        pooled.put(key, delta)
+    leaves(pooled)
+    segments: Segments = [(0, 2), (1, 2), (None, 2), (2, 8)]
+    router.route = route_of(segments)
+    x, weights = normal(1, 14, 64).requires_grad_(), normal(2, 14, 32)
+    (pooled(x) * weights).sum().backward()
+    own = x.detach().clone().requires_grad_()
+    for delta in deltas.values():
+        delta.down.requires_grad_()
+    expected = torch.stack([one_token(plain, deltas.get(k), t) for k, t in zip(owners(segments), own, strict=True)])
+    (expected * weights).sum().backward()
+    close_gradient(x.grad, own.grad)
+    for key, delta in deltas.items():
+        close_gradient(pooled.low.kinds[4].tensors[0].grad[pooled.low.where[key][1]], delta.down.grad)
+
+
+# ---------------------------------------------------------------------------------------------------- what is damaged
+
+
+@pytest.mark.parametrize("segments", [
+    [(0, 1), (1, 3), (2, 1), (None, 2)],
+    [(2, 2), (0, 1), (None, 1)],  # the damaged one is between them, and in no segment
+    [(0, 7), (1, 7), (2, 1), (None, 1)],
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["dora", "scale in", "scale out"])
+def test_nan_stays_with_its_own_tokens_forward_and_backward(kind, segments):
+    """Adapter 1 is full of NaN: tokens of others, and gradients of others, are what they are without it."""
+    results = []
+    for damaged in (False, True):
+        router = Router()
+        pooled = PooledLinear(a_linear("bias"), router, torch.float32, CPU)
+        for key in range(3):
+            delta = a_delta(kind, 4, 10 * key)
+            if damaged and key == 1:
+                delta = Delta(**{n: t if t is None else torch.full_like(t, torch.nan) for n, t in vars(delta).items()})
+            pooled.put(key, delta)
+        tensors = leaves(pooled)
+        whose = owners(segments)
+        x = normal(1, len(whose), IN).requires_grad_()
+        others = [i for i, key in enumerate(whose) if key != 1]
+        router.route = route_of(segments)
+        out = pooled(x)
+        (out * normal(2, len(whose), OUT)).sum().backward()
+        results.append([out[others], x.grad[others], *(t.grad[[0, 2]] for t in tensors if t.grad is not None)])
+    for whole, beside in zip(*results, strict=True):
+        close(beside, whole)
+
+
+def test_a_damaged_token_spoils_no_other_adapters_gradient():
+    """A lane that diverged shares a batch with others."""
+    router = Router()
+    pooled = PooledLinear(a_linear("bias"), router, torch.float32, CPU)
+    for key in range(4):
+        pooled.put(key, a_delta("low rank", 4, 10 * key))
+    tensors = leaves(pooled)
+    x = normal(1, 8, IN)
+    x[0] = torch.nan  # of adapter 0, which comes first
+    router.route = route_of([(0, 1), (3, 3), (1, 2), (None, 2)])
+    pooled(x.requires_grad_())[1:].sum().backward()
+    for tensor in tensors:
+        assert tensor.grad[1:].isfinite().all()
+    assert x.grad[1:].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, intermediate_size=24,
+        vocab_size=32, initializer_range=0.2, attention_bias=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def alone(llama: LlamaForCausalLM, deltas: dict[str, Delta], parts: dict[str, Bottleneck], ids: Tensor) -> Tensor:
+    """Logits of one sequence by a copy of the model with one adapter in its weights."""
+    model = copy.deepcopy(llama)
+    for path, delta in deltas.items():
+        layer = model.get_submodule(path)
+        if delta.down is not None:
+            layer.weight += delta.up.T @ delta.down
+        if delta.gain is not None:
+            layer.weight *= delta.gain[:, None]
+        if delta.scale_in is not None:
+            layer.weight *= delta.scale_in
+        if delta.scale_out is not None:
+            layer.weight *= delta.scale_out[:, None]
+            if layer.bias is not None:
+                layer.bias *= delta.scale_out
+    for path, it in parts.items():
+
+        def behind(_module: Any, _inputs: Any, output: Any, it: Bottleneck = it) -> Any:
+            x = output[0] if isinstance(output, tuple) else output
+            y = x + ACTIVATIONS[it.activation](x @ it.down.T + it.down_bias) @ it.up + it.up_bias
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        model.get_submodule(path).register_forward_hook(behind)
+    return model(ids[None]).logits[0]
+
+
+@torch.no_grad()
+def test_a_model_with_many_adapters_of_every_kind(llama):
+    """Put, dropped and put again, each sequence of a row answers as its adapter in the weights of a copy does."""
+    choose = random.Random(3)
+    pooled = PooledModel(copy.deepcopy(llama))
+    paths = list(pooled.linears)
+    shapes = {path: (layer.base.in_features, layer.base.out_features) for path, layer in pooled.linears.items()}
+    adapters: dict[int, tuple[dict[str, Delta], dict[str, Bottleneck]]] = {}
+    for turn in range(12):
+        for key in range(8):
+            if key in adapters and choose.random() < 0.4:
+                pooled.drop(key)
+                del adapters[key]
+            elif key not in adapters and choose.random() < 0.7:
+                kind = choose.choice(["low rank", "dora", "scale in", "scale out", "bottleneck"])
+                seed, deltas, parts = 1000 * turn + 100 * key, {}, {}
+                if kind == "bottleneck":
+                    for part in choose.sample(["model.layers.0.self_attn", "model.layers.1.mlp"], 1 + key % 2):
+                        parts[part] = a_bottleneck(1 + key % 3, seed, "silu", 16)
+                else:
+                    for i, path in enumerate(choose.sample(paths, choose.randint(1, len(paths)))):
+                        deltas[path] = a_delta(kind, choose.choice([1, 4, 8]), seed + 3 * i, *shapes[path])
+                adapters[key] = deltas, parts
+                pooled.put(key, deltas, parts)
+        segments: Segments = [
+            (choose.choice([None, *adapters]), choose.choice([1, 1, 3, 20])) for _ in range(choose.randint(1, 9))
+        ]
+        segments.sort(key=lambda segment: pooled.order(segment[0]))
+        ids = [torch.tensor([choose.randrange(32) for _ in range(count)]) for _, count in segments]
+        positions = torch.cat([torch.arange(count) for _, count in segments])
+        with pooled.routed(route_of(segments)):
+            logits = pooled.model(torch.cat(ids)[None], position_ids=positions[None], use_cache=False).logits[0]
+        ours = logits.split([count for _, count in segments])
+        for (key, _), tokens, own in zip(segments, ids, ours, strict=True):
+            deltas, parts = adapters.get(key, ({}, {}))
+            torch.testing.assert_close(own, alone(llama, deltas, parts, tokens), rtol=1e-4, atol=1e-4)
+    for key in list(adapters):
+        pooled.drop(key)
+    assert pooled.nbytes == 0
+    assert pooled.router.route is None
+
+
+@torch.no_grad()
+def test_sorted_by_order_no_token_is_moved(llama):
+    """One token an adapter, as while decoding: the blocks are met where they lie."""
+    pooled = PooledModel(copy.deepcopy(llama))
+    shapes = {path: (layer.base.in_features, layer.base.out_features) for path, layer in pooled.linears.items()}
+    for key in (3, 1, 2, 0):
+        pooled.put(key, {path: a_delta("low rank", 4, key, *shape) for path, shape in shapes.items()})
+    keys = sorted([0, 1, 2, 3, None], key=pooled.order)
+    assert keys == [None, 3, 1, 2, 0]
+    route = route_of([(key, 1) for key in keys])
+    for layer in pooled.linears.values():
+        (group,) = route.products(layer.low).groups
+        assert group.span == (1, 5)
+    assert len(route._products) == 1, "all layers share a plan"
+
+
+def test_a_route_is_left_when_a_forward_pass_fails(llama):
+    pooled = PooledModel(copy.deepcopy(llama))
+    with pytest.raises(IndexError), pooled.routed(route_of([(None, 1)])):
+        pooled.model(torch.tensor([[99]]))
+    assert pooled.router.route is None
