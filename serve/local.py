@@ -21,10 +21,13 @@ _EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 @contextmanager
 def session(file: ServeFile, *, verbose: bool = False, cpus: int | None = None) -> Iterator[None]:
-    """Be connected to Ray, for `running`. Raises ConfigError when the port is taken."""
-    if not in_a_job():
+    """Be connected to Ray, for `running`. Raises ConfigError when the port is taken, ModelError without a base."""
+    if not in_a_job():  # what this machine can tell is told before Ray starts
+        from ftray.model.source import find_config
+
         from .listener import bound
 
+        find_config(file.config.model)
         listen = listening(file).ingress.listen
         assert listen is not None
         bound(listen).close()
@@ -45,12 +48,12 @@ def running(file: ServeFile, *, verbose: bool = False, wait: Callable[[], None] 
     if not verbose:  # Ray Serve's own lines of its progress
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     options, local = file.http_options, not in_a_job()
-    logging = file.logging_config or {"enable_access_log": verbose}
+    logs = file.logging_config or {"enable_access_log": verbose}
     if local:
-        serve.start(proxy_location="Disabled", logging_config=logging)
+        serve.start(proxy_location="Disabled", logging_config=logs)
     else:
         http = options.model_dump(exclude_none=True)
-        serve.start(http_options=http, proxy_location=file.proxy_location, logging_config=logging)
+        serve.start(http_options=http, proxy_location=file.proxy_location, logging_config=logs)
     config = with_absolute_paths(listening(file) if local else file.config)
     try:
         _deploy(application(config), file.application.name, wait)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import yaml
 from openai import OpenAI, OpenAIError
 
+from ftray.embedded import base_path
 from ftray.registry.publish import publish
 from ftray.registry.store import Registry
 from serve.tenants import hash_of
@@ -351,6 +353,13 @@ def test_what_stops_it_is_told_in_a_line(registry: Registry, tmp_path: Path) -> 
     file, _ = write_config(tmp_path, registry, model={"path": str(tmp_path / "no-such-base")})
     command = [sys.executable, "-m", "ftray.cli.main", "serve", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 3
+    assert done.returncode == 2
     assert "no such folder" in done.stderr
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base_path(), damaged)
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    file, _ = write_config(tmp_path, registry, model={"path": str(damaged)})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 3, done.stderr
+    assert "header" in done.stderr
     assert "Traceback" not in done.stderr
