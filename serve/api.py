@@ -55,7 +55,14 @@ def create_api(endpoint: Endpoint, *, echo_ids: bool = False) -> ASGIApp:
         redoc_url=None,
     )
     api.openapi = lambda: _description(api)  # type: ignore[method-assign]
-    api.add_exception_handler(ApiError, _told)
+
+    async def told(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        if error.status == 429:
+            endpoint.metrics.refused.labels(request.state.tenant, error.code).inc()
+        return Answered(error.body, error.status, error.headers)
+
+    api.add_exception_handler(ApiError, told)
     api.add_exception_handler(HTTPException, _told_by_framework)
     api.add_exception_handler(RequestValidationError, _told_of_parameters)
     _add_openai(api, endpoint)
@@ -336,11 +343,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
-
-
-async def _told(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return Answered(error.body, error.status, error.headers)
 
 
 async def _told_by_framework(request: Request, error: Exception) -> Response:
