@@ -44,8 +44,9 @@ _HEADERS = [
 ]
 
 
-def create_api(endpoint: Endpoint) -> ASGIApp:
-    """The whole of an ingress's HTTP as an ASGI application."""
+def create_api(endpoint: Endpoint, *, echo_ids: bool = False) -> ASGIApp:
+    """The whole of an ingress's HTTP as an ASGI application. With `echo_ids` it tells the request's id in a header, as
+    Ray Serve does by itself."""
     api = FastAPI(
         title="ftray",
         version=__version__,
@@ -54,14 +55,21 @@ def create_api(endpoint: Endpoint) -> ASGIApp:
         redoc_url=None,
     )
     api.openapi = lambda: _description(api)  # type: ignore[method-assign]
-    api.add_exception_handler(ApiError, _told)
+
+    async def told(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        if error.status == 429:
+            endpoint.metrics.refused.labels(request.state.tenant, error.code).inc()
+        return Answered(error.body, error.status, error.headers)
+
+    api.add_exception_handler(ApiError, told)
     api.add_exception_handler(HTTPException, _told_by_framework)
     api.add_exception_handler(RequestValidationError, _told_of_parameters)
     _add_openai(api, endpoint)
     _add_health(api, endpoint)
     _add_admin(api, endpoint)
     _add_page(api)
-    return Gate(api, endpoint)
+    return Gate(api, endpoint, echo_ids)
 
 
 # ------------------------------------------------------------------------------------------------------------- routes
@@ -337,11 +345,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-async def _told(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return Answered(error.body, error.status, error.headers)
-
-
 async def _told_by_framework(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     texts = {
@@ -364,8 +367,8 @@ class Gate:
     """What holds for every request: an id, a bound for its body, who may connect at all, a count of how it ended, and
     an answer of the right shape whatever goes wrong."""
 
-    def __init__(self, app: ASGIApp, endpoint: Endpoint) -> None:
-        self._app, self._endpoint = app, endpoint
+    def __init__(self, app: ASGIApp, endpoint: Endpoint, echo_ids: bool) -> None:
+        self._app, self._endpoint, self._echo_ids = app, endpoint, echo_ids
         self._most = endpoint.config.bounds.body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -384,7 +387,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *_HEADERS]  # Ray Serve adds the request's id
+                echoed = [(b"x-request-id", id.encode())] if self._echo_ids else []
+                message["headers"] = [*message["headers"], *_HEADERS, *echoed]
             await send(message)
 
         try:

@@ -15,10 +15,19 @@ from typing import Any
 from ray import serve
 
 from ftray.errors import ConfigError
+from ftray.registry.store import Registry
 
+from .api import create_api
+from .catalog import Catalog
 from .config import ServeConfig, parse_args
+from .endpoint import Endpoint
+from .link import Link, ServeReplicas
+from .listener import Listener
+from .metrics import Metrics
+from .prompts import Prompts
 from .replica import EngineReplica
 from .router import AdapterRouter
+from .tenants import Tenants
 
 log = logging.getLogger("ray.serve")
 MARGIN = 64
@@ -96,15 +105,6 @@ class Ingress:
     """HTTP. `config` is `ServeConfig.dump()`, `engine` a handle to the engine's deployment."""
 
     def __init__(self, config: dict[str, Any], engine: Any) -> None:
-        from ftray.registry.store import Registry
-
-        from .catalog import Catalog
-        from .endpoint import Endpoint
-        from .link import Link, ServeReplicas
-        from .metrics import Metrics
-        from .prompts import Prompts
-        from .tenants import Tenants
-
         settings = ServeConfig.model_validate(config)
         sees_clients = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1"  # it tells nobody for whom it asks
         if settings.tenants is None and not sees_clients:
@@ -129,8 +129,15 @@ class Ingress:
             sees_clients=sees_clients,
         )
         self._watch = asyncio.get_running_loop().create_task(self.endpoint.watch())
+        self._listener: Listener | None = None
+        if settings.ingress.listen is not None:
+            app = create_api(self.endpoint, echo_ids=True)
+            self._listener = Listener(app, settings.ingress.listen, drain_seconds=settings.replicas.drain_seconds)
 
     def __serve_build_asgi_app__(self) -> Any:
-        from .api import create_api
-
         return create_api(self.endpoint)
+
+    async def __del__(self) -> None:
+        """Serve calls it when the replica is to end, and waits for it."""
+        if self._listener is not None:
+            await self._listener.close()

@@ -91,9 +91,26 @@ class Bounds(Strict):
     null: 200 for each core of its machine."""
 
 
+class Listen(Strict):
+    """Where an ingress listens itself, beside Ray's proxies."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(ge=1, le=65535)
+    root_path: str = ""
+    """Path under which a reverse proxy shows the endpoint."""
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    shared: bool = False
+    """Several ingresses on one machine listen there, and the system divides the connections among them."""
+
+
 class Ingress(Strict):
     replicas: int = Field(1, ge=1)
     """Processes that take HTTP requests. Each keeps an even share of every tenant's limits."""
+    listen: Listen | None = None
+    """Each ingress listens on its own machine there: a third of the CPU a message, and clients who do not read are
+    stopped sooner. null: only Ray's proxies take requests. `ftray serve` on this machine always sets it, from
+    `http_options`."""
     cpus: float = Field(0, ge=0)
     """CPUs that Ray reserves for each; 0: none, it runs beside the engine."""
 
@@ -184,10 +201,6 @@ class ServeFile(Strict):
     def config(self) -> ServeConfig:
         return self.application.args
 
-    @property
-    def is_loopback(self) -> bool:
-        return self.http_options.host in LOOPBACK
-
     def dump(self) -> dict[str, Any]:
         """The resolved file as plain values, which Ray takes too: some of its keys may be absent, but not null."""
         return self.model_dump(mode="json") | {"http_options": self.http_options.model_dump(exclude_none=True)}
@@ -218,12 +231,14 @@ def parse_serve(text: str, name: str, overrides: Iterable[str] = ()) -> ServeFil
         file = ServeFile.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n  ".join(explain(error, ServeFile)), where=name) from None
-    if file.config.tenants is None and not file.is_loopback:
-        raise ConfigError(
-            f"without keys the endpoint answers this machine alone, and http_options.host is {file.http_options.host}",
-            where=name,
-            hint="set args.tenants to a file of tenants and keys, or http_options.host to 127.0.0.1",
-        )
+    listen = file.config.ingress.listen
+    for key, host in {"http_options": file.http_options.host, "ingress.listen": listen and listen.host}.items():
+        if file.config.tenants is None and host not in (None, *LOOPBACK):
+            raise ConfigError(
+                f"without keys the endpoint answers this machine alone, and {key}.host is {host}",
+                where=name,
+                hint=f"set args.tenants to a file of tenants and keys, or {key}.host to 127.0.0.1",
+            )
     return file
 
 
@@ -236,6 +251,20 @@ def parse_args(args: Any) -> ServeConfig:
         return ServeConfig.model_validate(args)
     except ValidationError as error:
         raise ConfigError("\n  ".join(explain(error, ServeConfig)), where=f"args of {BUILD}") from None
+
+
+def listening(file: ServeFile) -> ServeConfig:
+    """The file's endpoint, its ingress listening itself where `http_options` says."""
+    config, options = file.config, file.http_options
+    listen = Listen(
+        host=options.host,
+        port=options.port,
+        root_path=options.root_path,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_certfile=options.ssl_certfile,
+        shared=config.ingress.replicas > 1,
+    )
+    return config.model_copy(update={"ingress": config.ingress.model_copy(update={"listen": listen})})
 
 
 def with_absolute_paths(config: ServeConfig) -> ServeConfig:

@@ -22,7 +22,7 @@ from .config import ServeConfig
 from .errors import ApiError, bad_request, of_engine
 from .limits import Quotas, Ticket
 from .link import Answer, Link, texts
-from .metrics import Metrics, short
+from .metrics import Metrics, Series
 from .openai import ChatRequest, CompletionRequest, Probabilities, Shape, sampling_of, usage_of
 from .prompts import Prompts
 from .tenants import Limits, Tenants
@@ -55,10 +55,6 @@ class Served:
     """Of each choice that has ended."""
     written: int = 0
     """Tokens that were streamed by now."""
-
-    @property
-    def labels(self) -> tuple[str, str]:
-        return self.caller.tenant, short(self.adapter.digest if self.adapter else None)
 
     def usage(self) -> dict[str, Any]:
         return usage_of([self.usages[i] for i in sorted(self.usages)], self.body.count)
@@ -199,20 +195,23 @@ class Endpoint:
         """One answer ended."""
         if end.error is not None and not isinstance(end.error, RequestError):
             log.error("request %s, adapter %s: %s", served.id, served.adapter or "-", end.error)
-        usage, labels = end.usage, served.labels
+        usage, series = end.usage, self._series(served)
         served.usages[index] = usage
         served.ticket.charge(usage.completion_tokens)
-        self.metrics.answers.labels(*labels, end.reason).inc()
-        self.metrics.prompt_tokens.labels(*labels).inc(usage.prompt_tokens)
-        self.metrics.cached_tokens.labels(*labels).inc(usage.cached_tokens)
-        self.metrics.completion_tokens.labels(*labels).inc(usage.completion_tokens)
+        series.answers[end.reason].inc()
+        series.prompt_tokens.inc(usage.prompt_tokens)
+        series.cached_tokens.inc(usage.cached_tokens)
+        series.completion_tokens.inc(usage.completion_tokens)
+
+    def _series(self, served: Served) -> Series:
+        return self.metrics.series(served.caller.tenant, served.adapter.digest if served.adapter else None)
 
     def finish(self, served: Served) -> None:
         """`end`, of a request that was begun."""
         self.end(served)
         self.metrics.in_flight.dec()
         seconds = time.monotonic() - served.arrived
-        self.metrics.latency.labels(*served.labels).observe(seconds)
+        self._series(served).latency.observe(seconds)
         log.info(
             "request %s tenant %s model %s adapter %s: %d answers, %d tokens, %.3f s",
             served.id,
@@ -309,7 +308,7 @@ class Endpoint:
         return {**message, "usage": usage}
 
     async def _stream_choice(self, served: Served, index: int, say: Callable[..., Awaitable[None]]) -> None:
-        answer, shape, labels = served.answers[index], served.shape, served.labels
+        answer, shape, series = served.answers[index], served.shape, self._series(served)
         probabilities = Probabilities(self.prompts, chat=shape.chat, wanted=served.body.alternatives)
         last: float | None = None
         end: Finished | None = None
@@ -320,9 +319,9 @@ class Endpoint:
             now = time.monotonic()
             tokens = sum(len(chunk.tokens) for chunk in chunks)
             if last is None and tokens:
-                self.metrics.first_token.labels(*labels).observe(now - served.arrived)
+                series.first_token.observe(now - served.arrived)
             elif last is not None and tokens:
-                self.metrics.between_tokens.labels(*labels).observe((now - last) / tokens)
+                series.between_tokens.observe((now - last) / tokens)
             messages = [opening] if last is None and shape.chat and (tokens or end) else []
             last = now if tokens else last
             text = "".join(chunk.text for chunk in chunks)

@@ -1,24 +1,19 @@
-"""`ftray serve` on this machine: a Ray of its own, and clients that talk to the ingress itself.
-
-Ray's proxy costs half a millisecond of CPU a message, and reads for clients who do not. With its "direct ingress" the
-ingress listens on the endpoint's port. Ray insists on a proxy all the same; it gets a port that nobody is told.
-"""
+"""`ftray serve`: the endpoint on a Ray of its own, its ingress listening itself, or on a cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from urllib.error import HTTPError, URLError
 
-from ftray.errors import ConfigError, RunError
+from ftray.errors import RunError
 from ftray.session import in_a_job, ray_session
 
-from .config import ServeFile, with_absolute_paths
+from .config import ServeFile, listening, with_absolute_paths
 
 READY_SECONDS = 600.0
 _EVERY_ADDRESS = ("0.0.0.0", "::", "")
@@ -26,10 +21,16 @@ _EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 @contextmanager
 def session(file: ServeFile, *, verbose: bool = False, cpus: int | None = None) -> Iterator[None]:
-    """Be connected to Ray, for `running`. Raises ConfigError when the port is taken."""
-    if not in_a_job():
-        _must_be_free(file.http_options.host, file.http_options.port)
-        os.environ.update(environment(file.http_options.port))
+    """Be connected to Ray, for `running`. Raises ConfigError when the port is taken, ModelError without a base."""
+    if not in_a_job():  # what this machine can tell is told before Ray starts
+        from ftray.model.source import find_config
+
+        from .listener import bound
+
+        find_config(file.config.model)
+        listen = listening(file).ingress.listen
+        assert listen is not None
+        bound(listen).close()
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "1" if verbose else "0")
     with ray_session(verbose=verbose, cpus=cpus):
         yield
@@ -47,14 +48,15 @@ def running(file: ServeFile, *, verbose: bool = False, wait: Callable[[], None] 
     if not verbose:  # Ray Serve's own lines of its progress
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     options, local = file.http_options, not in_a_job()
-    http = options.model_dump(exclude_none=True)
-    serve.start(
-        http_options={**http, "port": _free_port(options.host)} if local else http,
-        proxy_location="HeadOnly" if local else file.proxy_location,
-        logging_config=file.logging_config or {"enable_access_log": verbose},
-    )
+    logs = file.logging_config or {"enable_access_log": verbose}
+    if local:
+        serve.start(proxy_location="Disabled", logging_config=logs)
+    else:
+        http = options.model_dump(exclude_none=True)
+        serve.start(http_options=http, proxy_location=file.proxy_location, logging_config=logs)
+    config = with_absolute_paths(listening(file) if local else file.config)
     try:
-        _deploy(application(with_absolute_paths(file.config)), file.application.name, wait)
+        _deploy(application(config), file.application.name, wait)
         address = f"{'https' if options.ssl_certfile else 'http'}://{_shown(options.host)}:{options.port}"
         if local:
             _await_ready(address, wait)
@@ -62,17 +64,6 @@ def running(file: ServeFile, *, verbose: bool = False, wait: Callable[[], None] 
     finally:
         if local:
             serve.shutdown()
-
-
-def environment(port: int) -> dict[str, str]:
-    """What Ray Serve must find set before it is imported, so that the one ingress listens on `port`."""
-    return {
-        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),  # not included
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer has to hear of it
-        "RAY_SERVE_PORT_QUARANTINE_S": "0",  # an ingress that was replaced must get the same one
-    }
 
 
 def _deploy(application: object, name: str, wait: Callable[[], None]) -> None:
@@ -108,23 +99,6 @@ def _await_ready(address: str, wait: Callable[[], None]) -> None:
         except (HTTPError, URLError, OSError):
             time.sleep(0.2)
     raise RunError(f"the endpoint was not ready within {READY_SECONDS:g} s")
-
-
-def _must_be_free(host: str, port: int) -> None:
-    try:
-        with closing(socket.create_server((host, port), reuse_port=False)):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}",
-            where="http_options",
-            hint="another endpoint may be running; choose a port with http_options.port=…",
-        ) from None
-
-
-def _free_port(host: str) -> int:
-    with closing(socket.create_server((host, 0))) as found:
-        return found.getsockname()[1]
 
 
 def _shown(host: str) -> str:

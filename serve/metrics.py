@@ -7,7 +7,9 @@ digest, never by name.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -43,6 +45,11 @@ ADAPTER_COUNTERS = {
 }
 
 
+MOST_SERIES = 1000
+"""Pairs of tenant and adapter that are counted; beyond it the one that was used longest ago is forgotten."""
+REASONS = ("stop", "length", "cancelled", "error")
+
+
 class Metrics:
     """Of one ingress."""
 
@@ -52,33 +59,54 @@ class Metrics:
         self.requests = Counter(
             "ftray_requests", "Requests by route and HTTP status.", ("tenant", "route", "status"), registry=registry
         )
-        self.answers = Counter("ftray_answers", "Answers by how they ended.", (*WHO, "reason"), registry=registry)
-        self.prompt_tokens = Counter("ftray_prompt_tokens", "Tokens of prompts.", WHO, registry=registry)
-        self.cached_tokens = Counter(
-            "ftray_cached_prompt_tokens", "Of these, those that were computed before.", WHO, registry=registry
-        )
-        self.completion_tokens = Counter("ftray_completion_tokens", "Tokens of answers.", WHO, registry=registry)
-        self.first_token = Histogram(
-            "ftray_time_to_first_token_seconds",
-            "From the request's arrival to its first text; streamed answers.",
-            WHO,
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.between_tokens = Histogram(
-            "ftray_time_between_tokens_seconds",
-            "From one streamed message to the next, divided by the tokens it carries.",
-            WHO,
-            buckets=BETWEEN,
-            registry=registry,
-        )
-        self.latency = Histogram(
-            "ftray_request_seconds", "From a request's arrival to its end.", WHO, buckets=SECONDS, registry=registry
-        )
+        self.refused = Counter("ftray_refused", "Requests refused with 429.", ("tenant", "code"), registry=registry)
         self.in_flight = Gauge("ftray_requests_in_flight", "Requests that are being answered.", registry=registry)
-        self.refused = Counter(
-            "ftray_refused", "Requests refused with 429, by why.", ("tenant", "code"), registry=registry
-        )
+        counters = {
+            "prompt_tokens": ("ftray_prompt_tokens", "Tokens of prompts."),
+            "cached_tokens": ("ftray_cached_prompt_tokens", "Of these, those that were computed before."),
+            "completion_tokens": ("ftray_completion_tokens", "Tokens of answers."),
+        }
+        histograms = {
+            "first_token": (
+                "ftray_time_to_first_token_seconds",
+                "From a request's arrival to its first text; streamed answers.",
+                SECONDS,
+            ),
+            "between_tokens": (
+                "ftray_time_between_tokens_seconds",
+                "From one streamed message to the next, divided by the tokens it carries.",
+                BETWEEN,
+            ),
+            "latency": ("ftray_request_seconds", "From a request's arrival to its end.", SECONDS),
+        }
+        self._answers = Counter("ftray_answers", "Answers by how they ended.", (*WHO, "reason"), registry=registry)
+        self._by_who: dict[str, Counter | Histogram] = {
+            **{key: Counter(name, text, WHO, registry=registry) for key, (name, text) in counters.items()},
+            **{
+                key: Histogram(name, text, WHO, buckets=buckets, registry=registry)
+                for key, (name, text, buckets) in histograms.items()
+            },
+        }
+        self._series: OrderedDict[tuple[str, str], Series] = OrderedDict()
+
+    def series(self, tenant: str, digest: str | None) -> Series:
+        """What is counted of one tenant's requests for one adapter; `digest` None is the base."""
+        who = tenant, short(digest)
+        if who not in self._series:
+            own: dict[str, Any] = {key: metric.labels(*who) for key, metric in self._by_who.items()}
+            answers = {reason: self._answers.labels(*who, reason) for reason in REASONS}
+            self._series[who] = Series(answers=answers, **own)
+            if len(self._series) > MOST_SERIES:
+                self._forget(next(iter(self._series)))
+        self._series.move_to_end(who)
+        return self._series[who]
+
+    def _forget(self, who: tuple[str, str]) -> None:
+        del self._series[who]
+        for metric in self._by_who.values():
+            metric.remove(*who)
+        for reason in REASONS:
+            self._answers.remove(*who, reason)
 
     def page(self, replicas: Iterable[Mapping[str, Any]]) -> bytes:
         """Prometheus's text format. `replicas` are what `EngineReplica.stats` gave."""
@@ -86,6 +114,19 @@ class Metrics:
         whole.register(_Labelled(self.registry, self._ingress))
         whole.register(_Replicas(list(replicas)))
         return generate_latest(whole)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Of one tenant and one adapter."""
+
+    answers: dict[str, Counter]
+    prompt_tokens: Counter
+    cached_tokens: Counter
+    completion_tokens: Counter
+    first_token: Histogram
+    between_tokens: Histogram
+    latency: Histogram
 
 
 class _Labelled:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,16 @@ import pytest
 import yaml
 from openai import OpenAI, OpenAIError
 
+from ftray.embedded import base_path
 from ftray.registry.publish import publish
 from ftray.registry.store import Registry
 from serve.tenants import hash_of
 from tests.ray.runs import wait_for
-from tests.serve.conftest import ADMIN_KEY, train_adapter
+from tests.serve.conftest import ADMIN_KEY, free_port, train_adapter
 
 HELLO: list[Any] = [{"role": "user", "content": "What cheese do you have?"}]
 GREEDY: dict[str, Any] = {"messages": HELLO, "temperature": 0, "max_tokens": 12}
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as found:
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +353,13 @@ def test_what_stops_it_is_told_in_a_line(registry: Registry, tmp_path: Path) -> 
     file, _ = write_config(tmp_path, registry, model={"path": str(tmp_path / "no-such-base")})
     command = [sys.executable, "-m", "ftray.cli.main", "serve", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 3
+    assert done.returncode == 2
     assert "no such folder" in done.stderr
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base_path(), damaged)
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    file, _ = write_config(tmp_path, registry, model={"path": str(damaged)})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 3, done.stderr
+    assert "header" in done.stderr
     assert "Traceback" not in done.stderr

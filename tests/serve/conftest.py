@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from openai import OpenAI
 
 from ftray.config import Model
@@ -25,9 +24,10 @@ from ftray.train.loop import train_worker
 from ftray.train.world import World
 from serve.api import create_api
 from serve.catalog import Catalog
-from serve.config import ServeConfig
+from serve.config import Listen, ServeConfig
 from serve.endpoint import Endpoint
 from serve.link import Link
+from serve.listener import Listener
 from serve.metrics import Metrics
 from serve.prompts import Prompts
 from serve.replica import Bridge, Shelf, make_base
@@ -150,27 +150,33 @@ def serving(config: ServeConfig, engine: tuple[Engine, Shelf]) -> Iterator[Runni
         tenants=tenants,
         cores=2,
     )
-    loop, began = asyncio.new_event_loop(), threading.Event()
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_api(endpoint), log_level="error", timeout_graceful_shutdown=1))
+    loop, began, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    port = free_port()
 
-        async def main() -> None:
-            watching = asyncio.create_task(endpoint.watch())
-            while endpoint.context is None:
-                await asyncio.sleep(0.01)
-            began.set()
-            await server.serve([listener])
-            watching.cancel()
+    async def main() -> None:
+        watching = asyncio.create_task(endpoint.watch())
+        while endpoint.context is None:
+            await asyncio.sleep(0.01)
+        listener = Listener(create_api(endpoint, echo_ids=True), Listen(port=port), drain_seconds=1)
+        began.set()
+        await stop.wait()
+        await listener.close()
+        watching.cancel()
 
-        thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
-        thread.start()
-        assert began.wait(30)
-        try:
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", endpoint, replicas, loop)
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            bridge.close()
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
+    thread.start()
+    assert began.wait(30)
+    try:
+        yield Running(f"http://127.0.0.1:{port}", endpoint, replicas, loop)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+        bridge.close()
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as found:
+        return found.getsockname()[1]
 
 
 def config_of(registry: Registry | None, **more: Any) -> ServeConfig:

@@ -33,7 +33,7 @@ def test_the_example_and_defaults() -> None:
     assert file.config.engine.slots == 32
     assert file.http_options.host == "127.0.0.1"
     small = parse_serve("applications: [{import_path: 'serve.app:build', args: {model: {path: a/b-c}}}]", "small")
-    assert small.is_loopback
+    assert small.http_options.host == "127.0.0.1"
     assert small.config.name_of_base == "b-c"
     assert small.config.quantization == "nf4"
 
