@@ -204,6 +204,43 @@ def export(
 
 
 @app.command()
+def serve(
+    file: Annotated[str | None, typer.Argument(metavar="SERVE.yaml", help="The endpoint.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys to change: engine.slots=8 http_options.port=9000"),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Check the file and show it; start nothing.")] = False,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Print a new key and its SHA-256; start nothing.")] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print a SERVE.yaml to start from.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a base and every adapter that was published for it, to OpenAI's clients and on a page.
+
+    One 4-bit base answers for all adapters at once; a request names its own in `model`. New versions are taken up
+    while it runs. Without a file of tenants and their keys it answers this machine alone. Ctrl-C ends it.
+
+    The file is a Ray Serve config: `serve deploy SERVE.yaml` puts the same endpoint on a cluster, where paths should be
+    absolute or URIs, since Ray starts elsewhere.
+
+    ftray serve --example > serve.yaml
+
+    ftray serve serve.yaml registry=s3://team/adapters http_options.port=9000
+    """
+    from ftray.cli.serve import example_command, new_key_command, serve_command
+
+    if new_key:
+        new_key_command(as_json=as_json)
+    elif example:
+        example_command()
+    elif file is None:
+        raise UsageError("Missing argument 'SERVE.yaml'.")
+    else:
+        serve_command(file, overrides or [], check=check, as_json=as_json, verbose=verbose)
+
+
+@app.command()
 def publish(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run, as for export, or an artefact's folder.")],
     as_name: Annotated[str, typer.Option("--as", metavar="[TENANT/]NAME", help="Without a tenant: default.")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -62,6 +62,10 @@ def _walk(loc: tuple[Any, ...], root: type[BaseModel]):
     model: Any = root
     for part in loc:
         if isinstance(part, int):
+            yield part, True, model
+            continue
+        if get_origin(model) is dict:  # of models, by names that the file chooses
+            model = get_args(model)[1]
             yield part, True, model
             continue
         members = _members(model)

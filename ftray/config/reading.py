@@ -39,9 +39,9 @@ def load_run(where: str | Path, overrides: Iterable[str] = ()) -> Run:
 
 def parse_run(text: str, name: str, overrides: Iterable[str] = ()) -> Run:
     """`load_run` for a text already read; `name` is what errors call it."""
-    raw = _parse_yaml(text, name)
+    raw = parse_yaml(text, name)
     for item in overrides:
-        _override(raw, item)
+        override(raw, item)
     try:
         return Run.model_validate(raw)
     except ValidationError as error:
@@ -81,13 +81,14 @@ def _read(where: str) -> tuple[str, str]:
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
-def _parse_yaml(text: str, name: str) -> dict[str, Any]:
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """The mapping of a YAML text, with the environment filled in; `name` is what errors call it. Raises ConfigError."""
     try:
         raw = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}", where=name) from None
     if not isinstance(raw, dict):
-        raise ConfigError("a run file is a mapping of keys", where=name)
+        raise ConfigError("this file should be a mapping of keys", where=name)
     return _interpolate(raw, name)
 
 
@@ -141,7 +142,8 @@ def _interpolate(value: Any, name: str) -> Any:
     return _VARIABLE.sub(fill, value)
 
 
-def _override(raw: dict[str, Any], item: str) -> None:
+def override(raw: dict[str, Any], item: str) -> None:
+    """Change `raw` by one `dotted.key=value`. Raises ConfigError."""
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise ConfigError(f"{item!r} is no override", hint="write key=value, for example train.steps=100")

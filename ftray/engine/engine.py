@@ -389,7 +389,7 @@ class Engine:
             else:
                 segments.append((sequence.digest, piece.count))
         key = tuple(segments)
-        route = self._routes.pop(key, None) or Route(key, self.slots.device)
+        route = self._routes.pop(key, None) or Route(key, self.slots.device, self.base.pooled.compiled)
         self._routes[key] = route
         if len(self._routes) > _ROUTES:
             self._routes.popitem(last=False)

@@ -14,6 +14,7 @@ Shapes: T tokens, C blocks of a pool, r rank, n blocks of a product, k tokens of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftray.model import lowrank
+from ftray.model.lowrank import LowRank
+
 Key = Hashable
 """What an adapter is known by: its digest, a lane's number."""
 
-LONG = {"cpu": 6, "cuda": 32}
+LONG = {"cpu": 64, "cuda": 32}
 """A segment of this many tokens is a product of its own. Measured: tests/bench/pooled.py."""
+LONG_IN_C = 48
+"""The same where `LowRank` multiplies."""
 SPARSE = 3
 """Blocks are copied together when the range that they lie in is more than this many times as many. A copy reads and
 writes what the product would read."""
@@ -137,14 +143,26 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """Short segments of one rank, for `LowRank.add`."""
+
+    kind: Any
+    blocks: Tensor
+    starts: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class Products:
     """How the tokens of a batch meet the blocks of a layer's pools."""
 
     groups: tuple[Group, ...]
+    entries: tuple[Entries, ...]
+    """What `groups` would be, where low-rank products are computed by `LowRank`."""
     long: tuple[tuple[Any, int, int, int], ...]
     """(kind, block, first token, one past the last)"""
 
-    def add(self, pools: Pools, x: Tensor, y: Tensor, product: Callable[..., Tensor]) -> None:
+    def add(self, pools: Pools, x: Tensor, y: Tensor, product: Callable[..., Tensor], compiled: LowRank | None) -> None:
         """Add to y [T, out] what the adapters make of x [T, in]. `product(x, kind, *tensors)` computes [n, k, in] with
         blocks [n, …], and [k, in] with one block."""
         for g in self.groups:
@@ -159,6 +177,10 @@ class Products:
                 y[slice(*g.span)] += added
             else:
                 y.index_add_(0, g.tokens, added.index_select(0, g.places))  # type: ignore[arg-type]
+        for e in self.entries:
+            assert compiled is not None
+            down, up = pools.kinds[e.kind].tensors
+            compiled.add(x, y, down, up, e.blocks, e.starts, e.tokens)
         for kind, block, start, stop in self.long:
             y[start:stop] += product(x[start:stop], kind, *(t[block] for t in pools.kinds[kind].tensors))
 
@@ -192,12 +214,21 @@ class Route:
     segments: tuple[tuple[Key | None, int], ...]
     """(adapter or None, tokens), in the order of the batch"""
     device: torch.device
+    compiled: LowRank | None = None
+    """What multiplies low ranks, in bf16 on a CPU and where nothing is trained; None: torch."""
     _products: dict[Places, Products | None] = field(default_factory=dict)
+    _compiled: dict[Places, Products | None] = field(default_factory=dict)
     _rows: dict[Places, Rows | None] = field(default_factory=dict)
 
     def products(self, pools: Pools) -> Products | None:
         """None: no token of this batch has anything in these pools."""
         return self._of(pools, self._products, self._make_products)
+
+    def low_rank(self, pools: Pools) -> Products | None:
+        """The same for products that `compiled` may do."""
+        if self.compiled is None:
+            return self.products(pools)
+        return self._of(pools, self._compiled, self._make_compiled)
 
     def rows(self, pools: Pools) -> Rows | None:
         return self._of(pools, self._rows, self._make_rows)
@@ -219,15 +250,32 @@ class Route:
                 yield (*place, start, start + count)
             start += count
 
-    def _make_products(self, at: Places) -> Products:
+    def _make_products(self, at: Places, long_from: int | None = None) -> Products:
+        short, long = self._divided(at, long_from or LONG[self.device.type])
+        return Products(tuple(self._group(kind, blocks) for kind, blocks in short.items()), (), long)
+
+    def _make_compiled(self, at: Places, long_from: int = LONG_IN_C) -> Products:
+        short, long = self._divided(at, long_from)
+        entries = []
+        for kind, tokens_of in short.items():
+            starts = itertools.accumulate(map(len, tokens_of.values()), initial=0)
+            tokens = itertools.chain.from_iterable(tokens_of.values())
+            blocks, *rest = (torch.tensor(list(v), dtype=torch.int32) for v in (tokens_of, starts, tokens))
+            entries.append(Entries(kind, blocks, *rest))
+        return Products((), tuple(entries), long)
+
+    def _divided(
+        self, at: Places, long_from: int
+    ) -> tuple[dict[Any, dict[int, list[int]]], tuple[tuple[Any, int, int, int], ...]]:
+        """(tokens by kind and block, of short segments; long segments)"""
         long: list[tuple[Any, int, int, int]] = []
         short: dict[Any, dict[int, list[int]]] = {}
         for kind, block, start, stop in self._spans(at):
-            if stop - start >= LONG[self.device.type]:
+            if stop - start >= long_from:
                 long.append((kind, block, start, stop))
             else:
                 short.setdefault(kind, {}).setdefault(block, []).extend(range(start, stop))
-        return Products(tuple(self._group(kind, blocks) for kind, blocks in short.items()), tuple(long))
+        return short, tuple(long)
 
     def _group(self, kind: Any, tokens_of: dict[int, list[int]]) -> Group:
         blocks = sorted(tokens_of)
@@ -331,8 +379,8 @@ class PooledLinear(nn.Module):
             x = rows.scale(self.scales_in, x.flatten(0, -2)).view_as(x)
         y = self.base(x)
         out = y.flatten(0, -2)
-        if products := route.products(self.low):
-            products.add(self.low, x.flatten(0, -2), out, low_rank)
+        if products := route.low_rank(self.low):
+            products.add(self.low, x.flatten(0, -2), out, low_rank, route.compiled)
         if rows := route.rows(self.gains):
             out = rows.scale(self.gains, out, getattr(self.base, "bias", None))
         if rows := route.rows(self.scales_out):
@@ -368,7 +416,7 @@ class PooledBottleneck(nn.Module):
         if not products:
             return x
         y = x.flatten(0, -2).clone()
-        products.add(self.own, x.flatten(0, -2), y, _bottleneck)
+        products.add(self.own, x.flatten(0, -2), y, _bottleneck, None)
         return y.view_as(x)
 
 
@@ -391,6 +439,9 @@ class PooledModel:
 
         self.model, self.router = model, Router()
         self.dtype, self.device = model.dtype, model.device
+        in_c = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        self.compiled, self.not_compiled = lowrank.load() if in_c else (None, "")
+        """What multiplies low ranks where nothing is trained, and why torch has to, on a CPU in bf16."""
         self.linears: dict[str, PooledLinear] = {}
         self.bottlenecks: dict[str, PooledBottleneck] = {}
         self._order: dict[Key, tuple[str, int]] = {}

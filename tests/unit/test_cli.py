@@ -22,7 +22,7 @@ from ftray.cli.check import batch_text, steps_text
 from ftray.cli.console import JsonConsole, PlainConsole, TerminalConsole, open_console
 from ftray.cli.data import describe, histogram, marked, show_sample
 from ftray.cli.main import call
-from ftray.cli.quickstart import quickstart_text
+from ftray.cli.quickstart import answers_text, next_text, quickstart_text
 from ftray.cli.signals import stop_on_signal
 from ftray.cli.train import summary_text
 from ftray.cli.words import count, duration, facts, percent, size, some, table
@@ -421,11 +421,22 @@ def test_summary() -> None:
 
 def test_quickstart_table() -> None:
     told = quickstart_text({"cheese": SUMMARY | {"report": "r.html"}, "restaurant": SUMMARY | {"report": None}})
-    head, _, cheese, restaurant, _, _, report, _ = told.splitlines()
+    head, _, cheese, restaurant, _ = told.splitlines()
     assert head.split() == ["tenant", "base", "loss", "tuned", "loss", "ratio", "seconds", "artefact"]
     assert cheese.split() == ["cheese", "4.0000", "1.0000", "0.25", "61", "runs/a/artefact"]
     assert restaurant.startswith("restaurant")
-    assert report == "report of cheese: r.html"
+
+
+def test_quickstart_answers_and_what_comes_next() -> None:
+    told = answers_text({"cheese": {"question": "Brie?", "base": "No.", "cheese": "Ah, my friend! " * 10}})
+    asked, base, cheese, *rest = told.splitlines()
+    assert asked.split() == ["asked", "Brie?"]
+    assert base.split() == ["base", "No."]
+    assert cheese.startswith("cheese  Ah, my friend!")
+    assert rest[0].startswith("        Ah")
+    told = next_text({"cheese": SUMMARY | {"report": "r.html"}, "restaurant": SUMMARY | {"report": None}}, "s.yaml")
+    assert told.splitlines()[0].split() == ["report", "of", "cheese", "r.html"]
+    assert "ftray serve s.yaml" in told
 
 
 # ---------------------------------------------------------------------------------------------------------- signals

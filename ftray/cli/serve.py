@@ -1,0 +1,115 @@
+"""`ftray serve`: the endpoint on this machine, or on the cluster that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from ftray.cli.signals import stop_on_signal
+from ftray.cli.words import facts
+from ftray.errors import EXIT_OK, RunStopped
+from ftray.session import in_a_job
+
+if TYPE_CHECKING:
+    from serve.config import ServeFile
+
+
+def serve_command(where: str, overrides: list[str], *, check: bool, as_json: bool, verbose: bool) -> int:
+    """Check a SERVE.yaml, and run it until Ctrl-C or SIGTERM."""
+    from serve.config import load_serve
+    from serve.tenants import read_tenants
+
+    file = load_serve(where, overrides)
+    if file.config.tenants:
+        read_tenants(file.config.tenants)
+    if check:
+        print(json.dumps(file.dump(), indent=2) if as_json else f"{to_yaml(file)}\n{describe(file)}")
+        return EXIT_OK
+    from serve.local import running, session
+
+    def say(text: str) -> None:
+        print(json.dumps({"kind": "status", "text": text}) if as_json else text, flush=True)
+
+    say(f"starting Ray and {file.config.name_of_base}")
+    stopping = "stopping: answers in the making come first; once more leaves at once"
+    with session(file, verbose=verbose), stop_on_signal(lambda _: say(stopping)) as stop:
+
+        def not_stopped() -> None:
+            if stop.is_set():
+                raise RunStopped("stopped before it was ready")
+
+        with running(file, verbose=verbose, wait=not_stopped) as address:
+            if as_json:
+                print(json.dumps({"kind": "ready", "address": address}), flush=True)
+            else:
+                print(f"\n{ready_text(file, address)}\n", flush=True)
+            if not in_a_job():
+                _until(stop)
+    return EXIT_OK
+
+
+def _until(stop: threading.Event) -> None:
+    while not stop.wait(0.5):
+        pass
+
+
+def describe(file: ServeFile) -> str:
+    """What a file comes to, in a few lines."""
+    config, options = file.config, file.http_options
+    replicas = config.replicas
+    count = f"{replicas.min}" if replicas.min == replicas.max else f"{replicas.min} to {replicas.max}"
+    weights = "NF4" if config.quantization == "nf4" else config.precision
+    return facts(
+        [
+            ("base", f"{config.model.path} in {weights}, called base or {config.name_of_base}"),
+            ("adapters", config.registry or "none: no registry is set"),
+            ("engine", f"{count} × {config.engine.slots} answers at once, {config.engine.queue} waiting"),
+            ("keys", config.tenants or "none: it answers this machine alone"),
+            ("admin calls", "with the admin key" if config.admin_key_sha256 else "off: no admin_key_sha256"),
+            ("address", f"{options.host}:{options.port}"),
+        ],
+        indent=0,
+    )
+
+
+def ready_text(file: ServeFile, address: str) -> str:
+    """What is said once it answers."""
+    key = " -H 'Authorization: Bearer KEY'" if file.config.tenants else ""
+    body = '{"model": "base", "messages": [{"role": "user", "content": "Hello"}]}'
+    lines = [
+        describe(file),
+        "",
+        f"ready: open {address}/ or ask",
+        f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+    ]
+    if not file.config.tenants:
+        lines.append("no keys are configured, so it answers this machine alone: for others, write a file of tenants")
+    return "\n".join(lines if in_a_job() else [*lines, "Ctrl-C stops it"])
+
+
+def to_yaml(file: ServeFile) -> str:
+    import yaml
+
+    return yaml.safe_dump(file.dump(), sort_keys=False, allow_unicode=True, width=110)
+
+
+def new_key_command(*, as_json: bool) -> None:
+    """Print a key, once, and what the files say of it."""
+    from serve.tenants import new_key
+
+    key, digest = new_key()
+    if as_json:
+        print(json.dumps({"key": key, "sha256": digest}))
+        return
+    print(facts([("key", key), ("sha256", digest)], indent=0))
+    print("\nGive the key to its owner: it is not shown again, and stands nowhere.", file=sys.stderr)
+    print("Write the sha256 into the tenants' file (tenants.NAME.keys), or as admin_key_sha256.", file=sys.stderr)
+
+
+def example_command() -> None:
+    """Print a SERVE.yaml to start from."""
+    from serve.config import EXAMPLE
+
+    print(EXAMPLE, end="")

@@ -1,0 +1,103 @@
+"""Ways to multiply the low-rank rows of many adapters: which is fastest for which shapes. The rule in
+`ftray/model/pooled.py` (LONG, LONG_IN_C) comes from this table.
+
+    python tests/bench/pooled.py [--threads 2] [--device cpu]
+
+Milliseconds for the linear layers of a Llama of hidden 1,024 with 8 layers, bf16, each layer with rows of its own, so
+that nothing stays in a cache. `blocks`: batched products over the pool's blocks as they lie; `masked`: one product with
+all adapters' rows, masked; `each`: a product for each adapter; `C`: `LowRank`, on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ftray.model import lowrank
+from ftray.model.pooled import Pools, Products, Route, low_rank
+
+LAYERS = 8
+SHAPES = [(1024, 1024)] * 4 + [(1024, 2816)] * 2 + [(2816, 1024)]
+CASES = [(1, 1), (8, 8), (32, 32), (32, 8), (32, 2), (32, 1), (64, 32), (64, 1), (128, 1), (256, 1), (256, 8)]
+"""(tokens, adapters)"""
+
+
+def fastest(functions: dict[str, Callable[[], object]], times: int = 8) -> dict[str, float]:
+    """Milliseconds of each, its second best of turns taken in rotation."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(times):
+        for name, function in functions.items():
+            begun = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            found[name].append(time.perf_counter() - begun)
+    return {name: sorted(values)[1] * 1e3 for name, values in found.items()}
+
+
+def masked(x: Tensor, y: Tensor, down: Tensor, up: Tensor, mask: Tensor) -> None:
+    y += ((x @ down.flatten(0, 1).T) * mask) @ up.flatten(0, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rank", type=int, default=16)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device, rank = torch.device(arguments.device), arguments.rank
+    compiled, why = lowrank.load() if device.type == "cpu" else (None, "not a CPU")
+    print(f"rank {rank}, {device}, {torch.get_num_threads()} threads{'' if compiled else f', without C: {why}'}\n")
+    print("| tokens | adapters | blocks | masked | each | C |\n|---:|---:|---:|---:|---:|---:|")
+    for tokens, adapters in CASES:
+        with torch.inference_mode():
+            print(row(tokens, adapters, rank, device, compiled), flush=True)
+
+
+def row(tokens: int, adapters: int, rank: int, device: torch.device, compiled: lowrank.LowRank | None) -> str:
+    layers = []
+    for i, o in SHAPES * LAYERS:
+        pools = Pools(torch.bfloat16, device)
+        for key in range(adapters):
+            pools.put(key, rank, torch.randn(rank, i), torch.randn(rank, o))
+        x, y = torch.randn(tokens, i), torch.zeros(tokens, o)
+        layers.append((pools, x.to(device, torch.bfloat16), y.to(device, torch.bfloat16)))
+    segments = tuple((key, tokens // adapters) for key in range(adapters))
+    owner = torch.arange(adapters, device=device).repeat_interleave(tokens // adapters)
+    mask = (owner[:, None] == torch.arange(adapters, device=device)).repeat_interleave(rank, 1).bfloat16()
+
+    def planned(long: int, compiled: lowrank.LowRank | None) -> Callable[[], None]:
+        route = Route(segments, device, compiled)
+        at = tuple(layers[0][0].where[key] for key, _ in segments)
+        if compiled:
+            plan: Products = route._make_compiled(at, long)
+        else:
+            plan = route._make_products(at, long)
+
+        def run() -> None:
+            for pools, x, y in layers:
+                plan.add(pools, x, y, low_rank, compiled)
+
+        return run
+
+    def run_masked() -> None:
+        for pools, x, y in layers:
+            down, up = pools.kinds[rank].tensors
+            masked(x, y, down[:adapters], up[:adapters], mask)
+
+    ways = {"blocks": planned(1 << 30, None), "masked": run_masked, "each": planned(1, None)}
+    if compiled:
+        ways["C"] = planned(1 << 30, compiled)
+    found = fastest(ways)
+    best = min(found.values())
+    cells = [f"**{t:.1f}**" if t == best else f"{t:.1f}" for t in found.values()] + [""] * (4 - len(found))
+    return f"| {tokens} | {adapters} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The endpoint on Ray Serve, as a user starts it: `ftray serve`, and Ray's own command with the same file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+from openai import OpenAI, OpenAIError
+
+from ftray.embedded import base_path
+from ftray.registry.publish import publish
+from ftray.registry.store import Registry
+from serve.tenants import hash_of
+from tests.ray.runs import wait_for
+from tests.serve.conftest import ADMIN_KEY, free_port, train_adapter
+
+HELLO: list[Any] = [{"role": "user", "content": "What cheese do you have?"}]
+GREEDY: dict[str, Any] = {"messages": HELLO, "temperature": 0, "max_tokens": 12}
+LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """default/cheese, and default/a … default/h: the same adapter under many names, of other versions."""
+    root = tmp_path_factory.mktemp("serve")
+    store = Registry(str(root / "registry"))
+    artefact = train_adapter(root / "cheese", steps=20)
+    publish(artefact, store, "default", "cheese")
+    for name in "abcdefgh":
+        (artefact / "README.md").write_text(f"# {name}\n")
+        reseal(artefact)
+        publish(artefact, store, "default", name)
+    return store
+
+
+def reseal(artefact: Path) -> None:
+    from ftray.manifest import describe_files
+
+    facts = json.loads((artefact / "ftray.json").read_text())
+    (artefact / "ftray.json").unlink()
+    (artefact / "ftray.json").write_text(json.dumps(facts | {"files": describe_files(artefact)}))
+
+
+@dataclass
+class Served:
+    url: str
+    process: psutil.Process
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        found = []
+        for process in self.process.children(recursive=True):
+            try:
+                if f"ServeReplica:ftray:{deployment}" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def admin(self, path: str) -> Any:
+        return httpx.get(
+            f"{self.url}/admin/{path}", headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=30
+        ).json()
+
+
+def write_config(folder: Path, registry: Registry, **args: Any) -> tuple[Path, int]:
+    own: dict[str, Any] = {
+        "model": {"path": "embedded"},
+        "registry": registry.uri,
+        "engine": {"slots": 8},
+        "cache": {"folder": str(folder / "cache")},
+        "refresh_seconds": 0.2,
+        "admin_key_sha256": hash_of(ADMIN_KEY),
+        "replicas": {"min": 1, "max": 1, "threads": 1, "drain_seconds": 20},
+    }
+    port = free_port()
+    application = {"name": "ftray", "import_path": "serve.app:build", "args": own | args}
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump({"http_options": {"port": port}, "applications": [application]}))
+    return file, port
+
+
+@contextmanager
+def started(command: list[str], url: str, log: Path) -> Iterator[Served]:
+    """The endpoint that a command starts, once it answers. Ended with SIGTERM, as a supervisor does."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(Path.cwd())}
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        try:
+
+            def ready() -> bool:
+                assert process.poll() is None, log.read_text()
+                try:
+                    return httpx.get(f"{url}/readyz").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            wait_for(ready, 180, every=0.2)
+            yield Served(url, psutil.Process(process.pid))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(90)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+@pytest.fixture(scope="module")
+def served(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("one")
+    file, port = write_config(folder, registry)
+    command = [sys.executable, "-m", "ftray.cli.main", "serve", str(file)]
+    with started(command, f"http://127.0.0.1:{port}", folder / "log") as running:
+        yield running
+    log = (folder / "log").read_text()
+    assert "ready: open" in log
+    assert "no keys are configured" in log
+    assert "Traceback" not in log, log
+
+
+def test_base_and_adapter_answer_and_stream_alike(served: Served) -> None:
+    client = served.client()
+    texts = set()
+    for model in ("base", "cheese"):
+        whole = client.chat.completions.create(model=model, **GREEDY).choices[0].message.content
+        parts = client.chat.completions.create(model=model, stream=True, **GREEDY)
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == whole
+        texts.add(whole)
+    assert len(texts) == 2
+    assert [model.id for model in client.models.list()] == ["embedded", *sorted(["cheese", *"abcdefgh"])]
+
+
+def test_request_ids_are_echoed_once(served: Served) -> None:
+    answer = httpx.get(f"{served.url}/healthz", headers={"x-request-id": "mine-1"})
+    assert answer.headers.get_list("x-request-id") == ["mine-1"]
+    assert httpx.get(f"{served.url}/nowhere").headers["x-request-id"]
+
+
+def test_the_page_and_metrics_are_there(served: Served) -> None:
+    assert "<h1>ftray</h1>" in httpx.get(f"{served.url}/").text
+    for path in ("page.js", "page.css"):
+        assert httpx.get(f"{served.url}/{path}").status_code == 200
+    metrics = httpx.get(f"{served.url}/metrics").text
+    assert "ftray_engine_slots" in metrics
+
+
+def test_many_streams_at_once_and_clients_that_leave(served: Served) -> None:
+    """32 streams over 8 slots; half of them leave in the middle, the others get the same as alone."""
+    alone = served.client().completions.create(
+        model="cheese", prompt="The cow", max_tokens=60, temperature=0, extra_body={"ignore_eos": True}
+    )
+    texts: list[str] = []
+
+    def ask(i: int) -> None:
+        body = LONG | {"model": "cheese", "prompt": "The cow", "max_tokens": 60, "stream": True}
+        with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=120) as answer:
+            text = ""
+            for line in answer.iter_lines():
+                if i % 2 and len(text) > 10:
+                    return
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+            assert line == "" or line == "data: [DONE]"
+            texts.append(text)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert texts == [alone.choices[0].text] * 16
+
+    def idle() -> bool:
+        [stats] = served.admin("replicas")["replicas"]
+        return not (stats["running"] or stats["waiting"] or stats["adapter_users"])
+
+    assert wait_for(idle, 30)
+
+
+def test_a_new_version_is_taken_up_while_it_runs(served: Served, registry: Registry) -> None:
+    client = served.client()
+    before = registry.resolve("default", "a")
+    assert client.chat.completions.create(model="a", **GREEDY).choices
+    artefact = Path(registry.uri) / "default" / "b" / registry.resolve("default", "b").digest
+    new = publish(artefact, registry, "default", "a").ref
+    assert new.digest != before.digest
+
+    def taken_up() -> bool:
+        client.chat.completions.create(model="a", **GREEDY)
+        [stats] = served.admin("replicas")["replicas"]
+        return any(adapter["digest"] == new.digest for adapter in stats["resident"])
+
+    assert wait_for(taken_up, 20)
+
+
+def test_a_killed_replica_is_told_and_replaced(served: Served) -> None:
+    [victim] = served.replicas("Engine")
+    events: list[str] = []
+    body = LONG | {"model": "cheese", "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=120) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                events.append(line[6:])
+                if len(events) == 5:
+                    victim.kill()
+    assert len(events) > 5
+    assert "[DONE]" not in events
+    assert json.loads(events[-1])["error"]["code"] == "replica_lost"
+
+    def answers() -> bool:
+        answer = httpx.post(
+            f"{served.url}/v1/completions", json={"model": "cheese", "prompt": "x", "max_tokens": 2}, timeout=60
+        )
+        assert answer.status_code in (200, 503), answer.text
+        return answer.status_code == 200
+
+    began = time.monotonic()
+    assert wait_for(answers, 60, every=0.2)
+    assert time.monotonic() - began < 45
+    assert served.replicas("Engine")[0].pid != victim.pid
+
+
+def test_a_killed_ingress_comes_back_at_the_same_address(served: Served) -> None:
+    [victim] = served.replicas("Ingress")
+    victim.kill()
+
+    def answers() -> bool:
+        try:
+            return bool(served.client().chat.completions.create(model="cheese", **GREEDY).choices)
+        except OpenAIError:
+            return False
+
+    assert wait_for(answers, 60, every=0.3)
+
+
+# ------------------------------------------------------------------------------------------------------- two replicas
+
+
+@pytest.fixture(scope="module")
+def two(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("two")
+    replicas = {"min": 2, "max": 2, "cpus": 0, "threads": 1, "drain_seconds": 20}
+    file, port = write_config(folder, registry, replicas=replicas, engine={"slots": 2})
+    command = [sys.executable, "-m", "ftray.cli.main", "serve", str(file)]
+    with started(command, f"http://127.0.0.1:{port}", folder / "log") as running:
+        yield running
+
+
+def resident(served: Served) -> list[set[str]]:
+    """Names of adapters in each replica's memory."""
+    stats = served.admin("replicas")["replicas"]
+    return [{a["adapter"].split("/")[1].split("@")[0] for a in one["resident"]} for one in stats]
+
+
+def test_requests_go_to_the_replica_that_has_the_adapter_and_spill_over(two: Served) -> None:
+    assert wait_for(lambda: len(two.admin("replicas")["replicas"]) == 2, 60)
+    client = two.client()
+    for _ in range(4):
+        for name in "cdefgh":
+            client.chat.completions.create(model=name, **GREEDY)
+    first, second = resident(two)
+    assert first | second == set("cdefgh")
+    assert not first & second, "each adapter was read by one replica"
+    assert first
+    assert second
+
+    def ask() -> None:
+        client.completions.create(model="c", prompt="x", max_tokens=300, extra_body={"ignore_eos": True})
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]  # twice a replica's slots
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all("c" in names for names in resident(two)), "its own replica was busy, and the other read it too"
+
+
+def test_one_replica_dies_and_the_other_goes_on(two: Served) -> None:
+    wait_for(lambda: len(two.replicas("Engine")) == 2, 60)
+    at_work = threading.Barrier(5)
+    texts: dict[str, list[str]] = {}
+
+    def ask(name: str) -> None:
+        body = LONG | {"model": name, "stream": True, "max_tokens": 400}
+        events = texts[name] = []
+        with httpx.stream("POST", f"{two.url}/v1/completions", json=body, timeout=120) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    events.append(line[6:])
+                    if len(events) == 2:
+                        at_work.wait(60)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("c", "d", "e", "f")]
+    for thread in threads:
+        thread.start()
+    at_work.wait(60)
+    two.replicas("Engine")[0].kill()
+    for thread in threads:
+        thread.join(120)
+    ends = [events[-1] for events in texts.values()]
+    done = [end for end in ends if end == "[DONE]"]
+    lost = [end for end in ends if end != "[DONE]"]
+    assert all(json.loads(end)["error"]["code"] == "replica_lost" for end in lost)
+    assert done
+    assert lost
+    assert wait_for(lambda: len(two.admin("replicas")["replicas"]) == 2, 90)
+
+
+# --------------------------------------------------------------------------------------------------- the same file
+
+
+def test_rays_own_command_takes_the_same_file(registry: Registry, tmp_path: Path) -> None:
+    file, port = write_config(tmp_path, registry)
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+    with started(command, f"http://127.0.0.1:{port}", tmp_path / "log") as running:
+        client = running.client()
+        whole = client.chat.completions.create(model="cheese", **GREEDY).choices[0].message.content
+        parts = list(client.chat.completions.create(model="cheese", stream=True, **GREEDY))
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == whole
+        foreign = httpx.post(f"{running.url}/v1/completions", json={}, headers={"host": "elsewhere.example"})
+        assert foreign.status_code == 403
+
+
+def test_a_wrong_file_is_refused_before_anything_starts(registry: Registry, tmp_path: Path) -> None:
+    file, _ = write_config(tmp_path, registry)
+    command = [sys.executable, "-m", "ftray.cli.main", "serve", str(file), "engine.slot=3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "did you mean 'slots'?" in done.stderr
+
+
+def test_what_stops_it_is_told_in_a_line(registry: Registry, tmp_path: Path) -> None:
+    file, _ = write_config(tmp_path, registry, model={"path": str(tmp_path / "no-such-base")})
+    command = [sys.executable, "-m", "ftray.cli.main", "serve", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "no such folder" in done.stderr
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base_path(), damaged)
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    file, _ = write_config(tmp_path, registry, model={"path": str(damaged)})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 3, done.stderr
+    assert "header" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,64 @@
+"""The OpenAPI description, and what a generator of requests finds with it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serve.conftest import ADMIN_KEY, Running, idle
+
+CASES = 2000
+
+
+def test_it_describes_every_route_and_both_bodies(shared: Running) -> None:
+    found = httpx.get(f"{shared.url}/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz", "/metrics"} <= set(
+        found["paths"]
+    )
+    chat = found["components"]["schemas"]["ChatRequest"]
+    assert "messages" in chat["required"]
+    assert chat["properties"]["max_tokens"]
+    assert "422" not in str(found["paths"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_server_error_in_2000_generated_requests(open_endpoint: Running, tmp_path: Path) -> None:
+    """Whole and broken ones, of every route, the admin's too. They are counted from our own metrics: those arrived."""
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "run",
+        f"{open_endpoint.url}/openapi.json",
+        *("--url", open_endpoint.url),
+        *("--header", f"Authorization: Bearer {ADMIN_KEY}"),
+        *("--checks", "not_a_server_error"),
+        *("--mode", "all"),
+        *("--phases", "examples,coverage,fuzzing"),
+        *("--max-examples", "250"),
+        *("--request-timeout", "60"),
+        *("--seed", "1"),
+        "--continue-on-failure",
+        "--no-color",
+    ]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": "tests.serve.schemathesis_hooks", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, cwd=tmp_path, env=environment)
+    page = httpx.get(f"{open_endpoint.url}/metrics").text
+    statuses: Counter[str] = Counter()
+    for line in page.splitlines():
+        if line.startswith("ftray_requests_total{"):
+            labels, value = line.rsplit(" ", 1)
+            statuses[labels.split('status="')[1].split('"')[0]] += int(float(value))
+    print(dict(statuses))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert not [status for status in statuses if status.startswith("5")], statuses
+    assert sum(statuses.values()) >= CASES, statuses
+    assert statuses["200"] > 200
+    assert statuses["400"] > 100
+    assert idle(open_endpoint.engine)
