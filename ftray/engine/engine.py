@@ -26,7 +26,7 @@ from ftray.engine.options import EngineOptions
 from ftray.engine.probe import try_slots
 from ftray.engine.request import Chunk, Event, Finished, Request
 from ftray.engine.sampling import Sampler
-from ftray.engine.scheduler import FairQueue
+from ftray.engine.scheduler import FairQueue, shares
 from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable
 from ftray.engine.slots import Piece, Slots
 from ftray.engine.text import Detokenizer, TextStream
@@ -323,16 +323,21 @@ class Engine:
 
     def _compose(self) -> tuple[list[tuple[Sequence, Piece]], list[tuple[Sequence, Piece]]]:
         """(sequences that write, sequences that read) in this step, each with its tokens. Writing ones of one adapter
-        stand side by side, in the order of the pools; prompts of the tenant least served are read first."""
+        stand side by side, in the order of the pools; tenants share what is read."""
         order = self.base.pooled.order
         writing = [s for s in self._running if s.undone == 1]
         writing.sort(key=lambda s: (order(s.digest), s.slot))
         left = max(self.step_tokens - len(writing), 8) if writing else self.prompt_tokens
+        unread: Counter[str] = Counter()
+        for sequence in self._running:
+            if sequence.undone > 1:
+                unread[sequence.tenant] += sequence.undone
+        share = shares(unread, left)
         reading = []
-        for sequence in sorted(self._running, key=lambda s: self._queue.served(s.tenant)):
-            if sequence.undone > 1 and left:
-                count = min(sequence.undone, left)
-                left -= count
+        for sequence in self._running:
+            if sequence.undone > 1 and share[sequence.tenant]:
+                count = min(sequence.undone, share[sequence.tenant])
+                share[sequence.tenant] -= count
                 reading.append((sequence, _piece(sequence, count)))
         return [(s, _piece(s, 1)) for s in writing], reading
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -53,10 +53,6 @@ class FairQueue(Generic[Item]):
         paper: many may be popped at once."""
         self._served[tenant] += READ * read + WRITTEN * written
 
-    def served(self, tenant: str) -> float:
-        """What a tenant who waits or runs has been charged."""
-        return self._served[tenant]
-
     def done(self, tenant: str) -> None:
         """One that was popped has ended."""
         self._running[tenant] -= 1
@@ -83,3 +79,12 @@ class FairQueue(Generic[Item]):
                 here = self._active()
                 least = min((self._served[t] for t in here), default=None)
                 self._served = {t: s for t, s in self._served.items() if t in here or (least is not None and s > least)}
+
+
+def shares(wanted: Mapping[str, int], left: int) -> dict[str, int]:
+    """What each tenant gets of `left`: nobody more than he wants, and nobody more than another who wants more still."""
+    found = {}
+    for i, tenant in enumerate(sorted(wanted, key=lambda t: wanted[t])):
+        found[tenant] = min(wanted[tenant], -(-left // (len(wanted) - i)))
+        left -= found[tenant]
+    return found

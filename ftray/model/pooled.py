@@ -76,15 +76,13 @@ class Pool:
         self.tensors = [torch.zeros(1, *t.shape, dtype=dtype, device=device) for t in like]
         self.taken = [False]
 
-    def put(self, tensors: Sequence[Tensor]) -> int:
-        """The block that holds them from now on: the lowest free one."""
+    def take(self) -> int:
+        """The lowest free block, which is taken from now on."""
         if all(self.taken):
             self.tensors = [torch.cat([t, torch.zeros_like(t)]) for t in self.tensors]
             self.taken += [False] * len(self.taken)
         block = self.taken.index(False)
         self.taken[block] = True
-        for pool, tensor in zip(self.tensors, tensors, strict=True):
-            pool[block].copy_(tensor, non_blocking=True)
         return block
 
 
@@ -100,7 +98,10 @@ class Pools:
         assert key not in self.where, f"{key} is in this pool already"
         if kind not in self.kinds:
             self.kinds[kind] = Pool(tensors, self.dtype, self.device)
-        self.where[key] = (kind, self.kinds[kind].put(tensors))
+        pool = self.kinds[kind]
+        self.where[key] = kind, block = kind, pool.take()
+        for blocks, tensor in zip(pool.tensors, tensors, strict=True):
+            blocks[block].copy_(tensor, non_blocking=True)
 
     def drop(self, key: Key) -> None:
         """Free the adapter's block, if it has one here; a pool that nobody is in is given back."""
@@ -336,7 +337,23 @@ class PooledLinear(nn.Module):
         """Features that it takes."""
         return self.base.nx if hasattr(self.base, "nx") else self.base.in_features  # type: ignore[return-value]
 
+    @property
+    def outputs(self) -> int:
+        """Features that it gives."""
+        return self.base.nf if hasattr(self.base, "nf") else self.base.out_features  # type: ignore[return-value]
+
     def put(self, key: Key, delta: Delta) -> None:
+        """Raises ValueError for tensors of other shapes than this layer's."""
+        rank = 0 if delta.down is None else len(delta.down)
+        for name, tensor, shape in (
+            ("down", delta.down, (rank, self.inputs)),
+            ("up", delta.up, (rank, self.outputs)),
+            ("gain", delta.gain, (self.outputs,)),
+            ("scale_in", delta.scale_in, (self.inputs,)),
+            ("scale_out", delta.scale_out, (self.outputs,)),
+        ):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}; this layer takes {shape}")
         if delta.down is not None and delta.up is not None:
             self.low.put(key, len(delta.down), delta.down, delta.up)
         for pools, vector in (
@@ -434,13 +451,14 @@ class PooledModel:
             self.linears[path] = pooled
 
     def put(self, key: Key, deltas: Mapping[str, Delta], bottlenecks: Mapping[str, Bottleneck] | None = None) -> None:
-        """Take an adapter in; paths are those of the base's modules."""
+        """Take an adapter in; paths are those of the base's modules. When it raises, `drop` takes back what is in."""
         for path, delta in deltas.items():
             self.linears[path].put(key, delta)
         for path, bottleneck in (bottlenecks or {}).items():
             if path not in self.bottlenecks:
-                self.bottlenecks[path] = PooledBottleneck(self.router, self.dtype, self.device)
-                self.model.get_submodule(path).register_forward_hook(_behind(self.bottlenecks[path]))
+                pooled = PooledBottleneck(self.router, self.dtype, self.device)
+                self.model.get_submodule(path).register_forward_hook(_behind(pooled))
+                self.bottlenecks[path] = pooled
             self.bottlenecks[path].put(key, bottleneck)
         every = (pools.where for layer in self._layers() for pools in layer.pools())
         kind, block = next((where[key] for where in every if key in where), ("", 0))
