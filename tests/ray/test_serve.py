@@ -329,6 +329,24 @@ def test_one_replica_dies_and_the_other_goes_on(two: Served) -> None:
 # --------------------------------------------------------------------------------------------------- the same file
 
 
+def test_answers_in_the_making_come_before_the_end(registry: Registry, tmp_path: Path) -> None:
+    """SIGTERM: no new connection, the stream goes on to its [DONE], and the command leaves with 0."""
+    file, port = write_config(tmp_path, registry)
+    command = [sys.executable, "-m", "ftray.cli.main", "serve", str(file)]
+    events: list[str] = []
+    with started(command, f"http://127.0.0.1:{port}", tmp_path / "log") as running:
+        body = LONG | {"model": "cheese", "stream": True, "max_tokens": 600}
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=120) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    events.append(line[6:])
+                    if len(events) == 3:
+                        running.process.send_signal(signal.SIGTERM)
+        assert events[-1] == "[DONE]"
+        assert running.process.wait(60) == 0
+    assert "stopping" in (tmp_path / "log").read_text()
+
+
 def test_rays_own_command_takes_the_same_file(registry: Registry, tmp_path: Path) -> None:
     file, port = write_config(tmp_path, registry)
     command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
