@@ -396,6 +396,21 @@ def test_cancelled_before_the_engine_has_looked(base, engine):
     assert len(run(engine, ask(base, "x")).tokens["x"]) == 16, "the last one's cancellation is not this one's"
 
 
+def test_cancelled_in_the_step_that_ends_it(base, engine, monkeypatch):
+    choose, log = engine._sampler.choose, Log()
+
+    def slowly(*arguments: Any) -> Any:
+        engine.cancel("x")  # another thread's, while the last token is chosen
+        return choose(*arguments)
+
+    run(engine, ask(base, "x"), until=lambda log: len(log.tokens["x"]) == 15, log=log)
+    monkeypatch.setattr(engine._sampler, "choose", slowly)
+    log.take(engine.step())
+    monkeypatch.undo()
+    assert log.last["x"].reason == "length"
+    assert run(engine, ask(base, "x")).last["x"].reason == "length", "it was not meant"
+
+
 def test_cancelled_while_its_adapter_is_read(base, engine, adapters):
     gate = threading.Event()
     adapters.special["slow"] = lambda: gate.wait(30) and adapters.make("slow")
@@ -774,6 +789,7 @@ def test_long_prompts_of_one_tenant_do_not_keep_anothers_short_one_from_being_re
     engine.add(ask(base, "short", GREEDY, text="A cheese", tenant="few"))
     for _ in range(3):
         log.take(engine.step())
+        assert len(engine.slots.step.positions) <= 16, "together they read no more than one alone"
     assert log.tokens["short"]
     run(engine, log=log)
 
