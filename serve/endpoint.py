@@ -91,11 +91,13 @@ class Endpoint:
     async def watch(self) -> None:
         """Keep knowing whether there is an engine, as long as the ingress lives."""
         while True:
+            told: Exception | str = "none of them runs"
             try:
                 found = await self.link.stats()
             except Exception as error:  # noqa: BLE001 - Ray's errors have no common root
-                log.warning("the engine's replicas do not answer: %s: %s", type(error).__name__, error)
-                found = []
+                found, told = [], error
+            if self.replicas and not found:
+                log.warning("the engine's replicas do not answer: %s", told)
             self.replicas = len(found)
             if found:
                 self.context = min(stats["context"] for stats in found)

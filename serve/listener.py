@@ -33,6 +33,8 @@ class Listener:
             app,
             log_config=None,
             access_log=False,
+            server_header=False,
+            proxy_headers=False,  # who asks is who is connected
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, round(drain_seconds)),
