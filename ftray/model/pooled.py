@@ -180,7 +180,7 @@ class Products:
         for e in self.entries:
             assert compiled is not None
             down, up = pools.kinds[e.kind].tensors
-            compiled.add(x, y, down, up, e.blocks, e.starts, e.tokens)
+            compiled.add(x.contiguous(), y, down, up, e.blocks, e.starts, e.tokens)
         for kind, block, start, stop in self.long:
             y[start:stop] += product(x[start:stop], kind, *(t[block] for t in pools.kinds[kind].tensors))
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from ftray.model import lowrank
+from ftray.model import pooled as module
 from ftray.model.pooled import (
-    LONG,
     SPARSE,
     Bottleneck,
     Delta,
@@ -29,10 +30,20 @@ from ftray.model.pooled import (
 
 CPU = torch.device("cpu")
 IN, OUT = 12, 20
+LONG = 6
 TOLERANCE = 1e-5
 ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 
 Segments = list[tuple[Hashable | None, int]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _long():
+    """Segments of 6 tokens count as long, so that short rows have both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.LONG, "cpu", LONG)
+        yield
+
 
 # ------------------------------------------------------------------------------------------------- what is drawn
 
@@ -66,7 +77,7 @@ def a_bottleneck(size: int, seed: int, activation: str, hidden: int = IN) -> Bot
 
 
 KINDS = st.tuples(st.sampled_from(["low rank", "dora", "scale in", "scale out"]), st.sampled_from([1, 2, 3, 8]))
-LENGTHS = st.one_of(st.integers(1, LONG["cpu"] - 1), st.integers(LONG["cpu"], 40), st.just(1))
+LENGTHS = st.one_of(st.integers(1, LONG - 1), st.integers(LONG, 40), st.just(1))
 
 
 def segments_of(keys: list[Any]) -> st.SearchStrategy[Segments]:
@@ -169,7 +180,7 @@ def test_adapters_come_and_go_between_forward_passes(data, seed):
 
 @torch.no_grad()
 @pytest.mark.parametrize("used", [[0], [15], [0, 15], [1, 5, 9], [3, 4, 5], list(range(16)), [15, 0, 7, 7, 0]])
-@pytest.mark.parametrize("tokens", [1, 2, LONG["cpu"] - 1, LONG["cpu"]])
+@pytest.mark.parametrize("tokens", [1, 2, LONG - 1, LONG])
 def test_blocks_that_lie_apart(used, tokens):
     router = Router()
     pooled = PooledLinear(a_linear("bias"), router, torch.float32, CPU)
@@ -179,7 +190,7 @@ def test_blocks_that_lie_apart(used, tokens):
     check_linear(pooled, router, deltas, [(key, tokens) for key in used], 1)
     products = router.route.products(pooled.low)
     count = max(used) - min(used) + 1
-    if tokens < LONG["cpu"]:
+    if tokens < LONG:
         (group,) = products.groups
         sparse, sorted_once = count > SPARSE * len(set(used)), used == sorted(set(used))
         assert (group.chosen is not None) == sparse
@@ -218,6 +229,59 @@ def test_without_a_route_or_adapters_the_base_answers():
     assert torch.equal(pooled(x), pooled.base(x))
     router.route = None
     assert torch.equal(pooled(x), pooled.base(x))
+
+
+# --------------------------------------------------------------------------------------------------------------- in C
+
+
+@pytest.fixture(scope="module")
+def compiled() -> lowrank.LowRank:
+    function, why = lowrank.load()
+    if function is None:
+        pytest.skip(why)
+    return function
+
+
+@torch.no_grad()
+@given(st.data(), st.sampled_from([(12, 20), (32, 64), (100, 33), (7, 1)]), st.integers(0, 1 << 20))
+@settings(max_examples=100)
+def test_low_ranks_in_c(compiled, data, shape, seed):
+    """bf16: what the C function gives is near what fp32 makes of the same numbers, for tokens of one adapter alone."""
+    router = Router()
+    layer = a_linear("bias", *shape).to(torch.bfloat16)
+    pooled = PooledLinear(layer, router, torch.bfloat16, CPU)
+    deltas = {}
+    ranks = data.draw(st.lists(st.sampled_from([1, 2, 3, 8, 16, 19, 33]), max_size=8))
+    for key, rank in enumerate(ranks):
+        delta = a_delta("low rank", rank, seed + 10 * key, *shape)
+        deltas[key] = Delta(delta.down.bfloat16(), delta.up.bfloat16())
+        pooled.put(key, deltas[key])
+    for key in data.draw(st.sets(st.sampled_from(sorted(deltas)))) if deltas else ():
+        pooled.drop(key)  # its block keeps what was in it
+        del deltas[key]
+    segments = data.draw(segments_of(list(deltas)))
+    x = normal(seed, shape[0], len(owners(segments))).bfloat16().T  # not contiguous
+    router.route = Route(tuple(segments), CPU, compiled)
+    out = pooled(x)
+    plain = pooled.base(x)
+    for token, key in enumerate(owners(segments)):
+        if key is None:
+            assert torch.equal(out[token], plain[token])
+        else:
+            added = (x[token].float() @ deltas[key].down.float().T) @ deltas[key].up.float()
+            torch.testing.assert_close(out[token].float(), plain[token].float() + added, rtol=2**-7, atol=2**-7)
+
+
+@torch.no_grad()
+def test_nan_in_c_stays_with_its_own(compiled):
+    router = Router()
+    pooled = PooledLinear(a_linear("bias").bfloat16(), router, torch.bfloat16, CPU)
+    for key in range(3):
+        delta = a_delta("low rank", 4, 10 * key)
+        pooled.put(key, Delta(*(t.bfloat16() * (torch.nan if key == 1 else 1) for t in (delta.down, delta.up))))
+    router.route = Route(((0, 2), (1, 3), (2, 1), (None, 1)), CPU, compiled)
+    out = pooled(normal(1, 7, IN).bfloat16())
+    assert out.isfinite().all(1).tolist() == [True, True, False, False, False, True, True]
 
 
 # -------------------------------------------------------------------------------------------------------- bottlenecks
