@@ -102,7 +102,7 @@ class Bridge:
             running.outbox.running.add(request.id)
         try:
             try:
-                self.engine.add(request)
+                await self._add(request)
             except QueueFull:
                 running.done.set()
                 yield Refused(None)
@@ -122,6 +122,18 @@ class Bridge:
             if running.outbox:
                 running.outbox.running.discard(request.id)
             self._running.pop(request.id, None)
+
+    async def _add(self, request: Request) -> None:
+        """A grammar may take half a second to compile: not on the event loop, where all other answers wait for it."""
+        if request.sampling.grammar is None:
+            self.engine.add(request)
+            return
+        adding = asyncio.ensure_future(asyncio.to_thread(self.engine.add, request))
+        try:
+            await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            adding.add_done_callback(lambda _: self.engine.cancel(request.id))
+            raise
 
     async def events(self, ingress: str) -> AsyncIterator[list[Event]]:
         """Batches of what this ingress's streaming requests made, until it has had none for a while."""
