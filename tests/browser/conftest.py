@@ -19,9 +19,10 @@ from tests.serve.conftest import (  # noqa: F401 - fixtures
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The machine's own Chromium; without one the tests are skipped."""
+    """The machine's own Chromium; without one the tests are skipped. Playwright holds this thread's event loop as long
+    as it runs, so it ends with this module: tests of other folders have loops of their own."""
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         pytest.skip("no Chromium: apt-get install chromium")
