@@ -106,7 +106,7 @@ def _rank_1_fails_for_good(config):
     from ftray.errors import ModelError
     from ftray.train import launch, loop
 
-    def broken(*_arguments):
+    def broken(*_arguments, **_options):
         raise ModelError("the base's folder is empty on this host")
 
     if ray.train.get_context().get_world_rank() == 1:
