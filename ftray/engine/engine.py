@@ -30,7 +30,7 @@ from ftray.engine.scheduler import FairQueue, shares
 from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable
 from ftray.engine.slots import Piece, Slots
 from ftray.engine.text import Detokenizer, TextStream
-from ftray.errors import FtrayError, QueueFull, RequestError, RunError
+from ftray.errors import FtrayError, ModelError, QueueFull, RequestError, RunError
 from ftray.model.pooled import Route
 from ftray.model.served import Adapter, Base
 from ftray.registry.ref import Ref
@@ -85,13 +85,21 @@ class Engine:
     """`add`, `cancel`, `wait` and `stats` may be called from any thread, `step` from one alone.
 
     `load` gives the adapter of a Ref, checked, in the host's memory (`Base.read`); it runs in threads of its own, and
-    its FtrayError reaches those who wait for that adapter. A base has one engine at a time.
+    its FtrayError reaches those who wait for that adapter. A base has one engine at a time. Raises ModelError for a
+    context longer than the base's.
     """
 
     def __init__(self, base: Base, load: Callable[[Ref], Adapter], options: EngineOptions | None = None) -> None:
         self.base, self.options = base, options or EngineOptions()
         options, cpu = self.options, base.model.device.type == "cpu"
-        self.context = min(options.context or 4096, _positions(base.config))
+        positions = _positions(base.config)
+        if options.context and options.context > positions:
+            raise ModelError(
+                f"this base has {positions:,} positions, and {options.context:,} places were asked for",
+                where="engine.context",
+                hint=f"at most {positions:,}; null takes what the base has, up to 4,096",
+            )
+        self.context = options.context or min(4096, positions)
         self.step_tokens = options.step_tokens or (2 * options.slots if cpu else options.slots + 512)
         self.prompt_tokens = options.prompt_tokens or (256 if cpu else 4096)
         self.slots = Slots(base.model, options.slots, self.context)
