@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ftray.model import lowrank
 from ftray.model.lowrank import LowRank
+from ftray.model.trained import LowRankRows, Span, add_low_rank
 
 Key = Hashable
 """What an adapter is known by: its digest, a lane's number."""
@@ -216,6 +217,8 @@ class Route:
     device: torch.device
     compiled: LowRank | None = None
     """What multiplies low ranks, in bf16 on a CPU and where nothing is trained; None: torch."""
+    generators: tuple[torch.Generator | None, ...] = ()
+    """Of each segment's dropout, while lanes are trained."""
     _products: dict[Places, Products | None] = field(default_factory=dict)
     _compiled: dict[Places, Products | None] = field(default_factory=dict)
     _rows: dict[Places, Rows | None] = field(default_factory=dict)
@@ -232,6 +235,16 @@ class Route:
 
     def rows(self, pools: Pools) -> Rows | None:
         return self._of(pools, self._rows, self._make_rows)
+
+    def trained(self, rows: Mapping[Key, LowRankRows]) -> list[Span]:
+        """The spans of lanes that train something at a layer."""
+        spans, start = [], 0
+        for i, (key, count) in enumerate(self.segments):
+            if key in rows:
+                generator = self.generators[i] if self.generators else None
+                spans.append(Span(rows[key], start, start + count, generator))
+            start += count
+        return spans
 
     def _of(self, pools: Pools, made: dict[Places, Any], make: Callable[[Places], Any]) -> Any:
         where = pools.where
@@ -317,6 +330,10 @@ class Router:
 
     route: Route | None = None
 
+    def __init__(self, device: torch.device) -> None:
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        """What makes lanes' layers a part of the backward pass."""
+
 
 # ------------------------------------------------------------------------------------------------------------- layers
 
@@ -331,6 +348,8 @@ class PooledLinear(nn.Module):
         """By rank: down [C, r, in], up [C, r, out]."""
         self.gains, self.scales_in, self.scales_out = (Pools(dtype, device) for _ in range(3))
         """One vector each."""
+        self.trained: dict[Key, LowRankRows] = {}
+        """What lanes train here."""
 
     @property
     def inputs(self) -> int:
@@ -365,6 +384,7 @@ class PooledLinear(nn.Module):
                 pools.put(key, None, vector)
 
     def drop(self, key: Key) -> None:
+        self.trained.pop(key, None)
         for pools in self.pools():
             pools.drop(key)
 
@@ -385,6 +405,9 @@ class PooledLinear(nn.Module):
             out = rows.scale(self.gains, out, getattr(self.base, "bias", None))
         if rows := route.rows(self.scales_out):
             out = rows.scale(self.scales_out, out)
+        if self.trained and (spans := route.trained(self.trained)):
+            bias = getattr(self.base, "bias", None)
+            out = add_low_rank(self._router.anchor, x.flatten(0, -2), out, bias, spans)
         return out.view_as(y)
 
 
@@ -437,8 +460,8 @@ class PooledModel:
     def __init__(self, model: Any) -> None:
         from ftray.model.adapters import linear_layers
 
-        self.model, self.router = model, Router()
         self.dtype, self.device = model.dtype, model.device
+        self.model, self.router = model, Router(model.device)
         in_c = self.device.type == "cpu" and self.dtype == torch.bfloat16
         self.compiled, self.not_compiled = lowrank.load() if in_c else (None, "")
         """What multiplies low ranks where nothing is trained, and why torch has to, on a CPU in bf16."""
