@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftray.config import LOW_RANK, DoRA, QDoRA, Run
+from ftray.config import Run
 from ftray.data.prepared import PreparedData
 from ftray.errors import ModelError
 from ftray.model.load import evaluating, load_base
@@ -45,41 +45,6 @@ _LEAST_PATIENCE = 0.01
 
 class LaneEnded(BaseException):
     """Unwinds the loop of a lane that was told to leave; no error of the run, so nothing may take it for one."""
-
-
-def refusal(run: Run) -> str | None:
-    """Why `run` cannot be a lane; None if it can."""
-    method, train = run.method, run.train
-    if not isinstance(method, LOW_RANK):
-        return f"method {method.name} trains something else than low-rank rows"
-    dropped = method.dropout > 0
-    reasons = [
-        (train.optimizer != "adamw", "train.optimizer is not adamw"),
-        (run.objective.name != "sft", "objective is not sft"),
-        (run.strategy is not None and run.strategy.zero > 0, "strategy divides the model among workers"),
-        (run.workers.count > 1, "it wants several workers"),
-        (run.model.random_weights, "the base has random weights of its own"),
-        (run.data.packing == "off", "data.packing is off"),
-        (train.neftune is not None, "train.neftune is set"),
-        (train.layer_decay != 1, "train.layer_decay is set"),
-        (dropped and isinstance(method, DoRA | QDoRA), "DoRA with dropout puts every token through the base twice"),
-        (dropped and train.gradient_checkpointing, "dropout with train.gradient_checkpointing would be drawn twice"),
-    ]
-    return next((reason for applies, reason in reasons if applies), None)
-
-
-def base_of(run: Run) -> dict[str, Any]:
-    """What runs must have in common to be lanes of one base."""
-    quantized = run.method.quantized
-    return {
-        "model.path": run.model.path,
-        "model.revision": run.model.revision,
-        "model.trust_remote_code": run.model.trust_remote_code,
-        "method, quantized": quantized,
-        "method.double_quantization": run.method.double_quantization if quantized else None,  # type: ignore[union-attr]
-        "train.precision": run.train.precision,
-        "train.gradient_checkpointing": run.train.gradient_checkpointing,
-    }
 
 
 # --------------------------------------------------------------------------------------------------------------- asking
@@ -150,11 +115,11 @@ class Base:
 
     # -------------------------------------------------------------------------------------------------- for the lanes
 
-    def equip(self, name: str) -> Callable[[Run, World, int], Equipment]:
-        """What `train_worker` takes for the lane `name`. The lane is there until `leave`."""
+    def equip(self, name: str, hold: Callable[[], None] | None) -> Callable[[Run, World, int], Equipment]:
+        """What `train_worker` takes for the lane `name`."""
 
         def equipment(run: Run, _world: World, steps: int) -> Equipment:
-            lane = Lane(name, run, self)
+            lane = Lane(name, run, self, hold)
 
             @contextmanager
             def lend() -> Iterator[Any]:
@@ -174,16 +139,31 @@ class Base:
 
         return equipment
 
-    def train(self, name: str, run: Run, data: PreparedData, channel: Channel, restarts: int = 0) -> dict[str, Any]:
-        """The run as a lane, in this thread; returns its summary. Raises as `train_worker` does, and LaneEnded when the
-        base was closed or the lane told to leave."""
+    def train(
+        self,
+        name: str,
+        run: Run,
+        data: PreparedData,
+        channel: Channel,
+        *,
+        restarts: int = 0,
+        hold: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        """The run as a lane, in this thread; returns its summary. `hold` is called before each step and may wait.
+        Raises as `train_worker` does, and LaneEnded when the base was closed or the lane expelled."""
         try:
-            return train_worker(run, data, self.world, channel, restarts=restarts, equip=self.equip(name))
+            equip = self.equip(name, hold)
+            return train_worker(run, data, self.world, channel, restarts=restarts, equip=equip)
         finally:
-            self.leave(name)
+            self._leave(name)
 
-    def leave(self, name: str) -> None:
-        """The lane's loop has ended; unknown names are ignored."""
+    def expel(self, name: str) -> None:
+        """Have the lane end before its next step; unknown names are ignored."""
+        with self._changed:
+            if name in self.lanes:
+                self.lanes[name].expelled = True
+
+    def _leave(self, name: str) -> None:
         with self._changed:
             lane = self.lanes.pop(name, None)
             self._changed.notify_all()
@@ -409,12 +389,12 @@ class Lane:
     commits hold them under the names that they have in a model of the run's own.
     """
 
-    def __init__(self, name: str, run: Run, base: Base) -> None:
-        self.name, self.run, self.base = name, run, base
+    def __init__(self, name: str, run: Run, base: Base, hold: Callable[[], None] | None = None) -> None:
+        self.name, self.run, self.base, self.hold = name, run, base, hold
         self.smoothing = run.train.label_smoothing
         self.away = False
         """It waits for something else than the base."""
-        self.left = False
+        self.expelled = False
         self.rows: dict[str, LowRankRows] = {}
         self.magnitudes: dict[str, Tensor] = {}
         self.norms: dict[str, Tensor] = {}
@@ -496,12 +476,15 @@ class Lane:
     # ------------------------------------------------------------------------------------------------------- the loop's
 
     def gradients(self, batches: list[Batch], divisor: float, seeds: list[int]) -> list[Tensor]:
-        if self.left:
+        if self.hold is not None:
+            with self._waiting():
+                self.hold()
+        if self.expelled:
             raise LaneEnded
         return self.base.ask(_Gradients(self, batches, divisor, seeds))
 
     def loss(self, batches: Iterable[Batch]) -> float:
-        if self.left:
+        if self.expelled:
             raise LaneEnded
         return sum(map(float, self.base.ask(_Losses(self, list(batches)))))
 
@@ -573,7 +556,7 @@ class Lane:
         pass
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def _waiting(self) -> Iterator[None]:
         """Others need not wait for this lane meanwhile."""
         with self.base._changed:
             self.away = True

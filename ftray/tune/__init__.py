@@ -1,0 +1,1 @@
+"""Searches, and many runs on one base."""
