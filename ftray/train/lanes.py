@@ -105,6 +105,7 @@ class Base:
         self.objective = TargetLoss(self.model)
         self.lanes: dict[str, Lane] = {}
         self.base_losses: dict[Any, Any] = {}
+        self.base_lock = threading.Lock()
         self._norms: dict[str, Tensor] = {}
         self._asks: list[_Ask] = []
         self._changed = threading.Condition()
@@ -135,7 +136,9 @@ class Base:
             with self._changed:
                 self.lanes[name] = lane
                 self._changed.notify_all()
-            return Equipment(lane, self.objective, trained, parameters, self.unquantized, lend, self.base_losses)
+            return Equipment(
+                lane, self.objective, trained, parameters, self.unquantized, lend, self.base_losses, self.base_lock
+            )
 
         return equipment
 

@@ -12,6 +12,7 @@ import contextlib
 import math
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -50,6 +51,10 @@ class Channel(Protocol):
     def stop_requested(self) -> bool: ...
 
 
+_HeldOut = tuple[float, int, dict[str, float]]
+"""Mean loss, target tokens, what else the objective tells."""
+
+
 @dataclass
 class Equipment:
     """What the loop of a run works with: a model of its own, or a lane of one that many runs share."""
@@ -63,8 +68,10 @@ class Equipment:
     """Linear layers that NF4 could not hold."""
     lend: Callable[[], AbstractContextManager[Any]]
     """The model with the method attached, to write the artefact with."""
-    base_losses: dict[Any, tuple[float, int, dict[str, float]]] = field(default_factory=dict)
-    """The base's own loss on held-out rows, where others on it have found it already."""
+    base_losses: dict[Any, _HeldOut] = field(default_factory=dict)
+    """The base's own on held-out rows, found once by whoever comes first among those that share it …"""
+    base_lock: threading.Lock = field(default_factory=threading.Lock)
+    """… while it holds this."""
 
 
 Equip = Callable[[Run, World, int], Equipment]
@@ -286,26 +293,26 @@ class _Worker:
             seconds=time.perf_counter() - started,
         )
 
-    def _held_out_loss(self, rows: Rows) -> tuple[float, int, dict[str, float]]:
-        """(mean loss, target tokens, what else the objective tells)"""
+    def _held_out_loss(self, rows: Rows) -> _HeldOut:
         ids = np.arange(min(len(rows), self.run.train.evaluate_rows or len(rows)))
+        if self.progress.step > 0:
+            return self._measured(rows, ids, base=False)
         known, key = self.equipment.base_losses, (self.data.digest, len(ids))
-        if self.progress.step == 0 and key in known:
+        with self.equipment.base_lock:
+            if key not in known:
+                known[key] = self._measured(rows, ids, base=True)
             return known[key]
+
+    def _measured(self, rows: Rows, ids: np.ndarray, base: bool) -> _HeldOut:
         micro = self.run.train.micro_batch_rows  # rows of like length together, whether padded or not
         mine = assign(ids, rows.lengths[ids], self.world.size, micro, padded=True)[self.world.rank]
         batches = (self.feed.collate([rows[int(i)] for i in few]).to(self.world.device) for few in mine)
-        base = self.progress.step == 0
         total = self.strategy.loss(batch.bare or batch if base else batch for batch in batches)
         total, *taken = self.world.sum(total, *self.objective.take())
         targets = int(rows.target_counts[ids].sum())
         if self.objective.per_row:
-            found = total / len(ids), targets, self.objective.figures(taken)
-        else:
-            found = total / targets, targets, {"perplexity": math.exp(min(total / targets, 700.0))}
-        if base:
-            known[key] = found
-        return found
+            return total / len(ids), targets, self.objective.figures(taken)
+        return total / targets, targets, {"perplexity": math.exp(min(total / targets, 700.0))}
 
     # -------------------------------------------------------------------------------------------------------- commits
 

@@ -89,10 +89,13 @@ class Host:
         self._room = 0
         self._guests: dict[str, _Guest] = {}
 
-    async def join(self, trial: str, run: dict[str, Any], *, waits: bool, source: str | None = None) -> None:
+    async def join(
+        self, trial: str, run: dict[str, Any], *, waits: bool, source: str | None = None, restarts: int = 0
+    ) -> None:
         """A lane for this resolved run; it goes on from the commit in the run's folder if there is one. After each
         evaluation it stands still until `next` is called again, if it `waits`. `source`: a commit's folder to take
-        weights and optimizer from, in place of the run's own. Raises FtrayError."""
+        weights and optimizer from, in place of the run's own. `restarts`: how often a host of this run was lost.
+        Raises FtrayError."""
         parsed, loop = Run.model_validate(run), asyncio.get_running_loop()
         if trial in self._guests:
             raise RunError(f"{trial} is here already")
@@ -102,7 +105,7 @@ class Host:
         except BaseException:
             del self._guests[trial]
             raise
-        threading.Thread(target=self._run, args=(guest, data), name=f"ftray-{trial}", daemon=True).start()
+        threading.Thread(target=self._run, args=(guest, data, restarts), name=f"ftray-{trial}", daemon=True).start()
 
     async def next(self, trial: str) -> dict[str, Any]:
         """The lane's next event of kind "evaluation", or "end" with its "summary". Raises the lane's own error."""
@@ -189,12 +192,12 @@ class Host:
         found = room(run, find_shapes(run.model)[0], memory, PASS_TOKENS[device.type])
         self._base, self._room = Base(run, World(device=device), found.tokens), found.lanes
 
-    def _run(self, guest: _Guest, data: Any) -> None:
+    def _run(self, guest: _Guest, data: Any, restarts: int) -> None:
         """On the lane's own thread."""
         from ftray.train.lanes import LaneEnded
 
         try:
-            summary = self._base.train(guest.name, guest.run, data, guest, hold=guest.before_step)
+            summary = self._base.train(guest.name, guest.run, data, guest, restarts=restarts, hold=guest.before_step)
         except LaneEnded:
             guest.end(RunError("the lane left"))
         except FtrayError as error:
