@@ -95,8 +95,7 @@ def same_artefact(mine: Path, theirs: Path, most: float = 1e-3) -> None:
 
 
 def test_eight_unlike_lanes_follow_the_same_runs_alone(tmp_path):
-    """Rank, alpha, dropout, targets, rate, schedule, decay, betas, batch, accumulation, order and seed of their own, and
-    two with DoRA, for 100 steps."""
+    """Rank, dropout, targets, rate, schedule, decay, betas, batch, accumulation, order and seed of their own."""
     runs = [run_of(tmp_path / "lanes", i, "train.steps=100", *keys) for i, keys in enumerate(EIGHT)]
     lanes = together(runs)
     for i, (lane, keys) in enumerate(zip(lanes, EIGHT, strict=True)):
