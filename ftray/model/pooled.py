@@ -210,7 +210,7 @@ Places = tuple[tuple[Any, int] | None, ...]
 @dataclass
 class Route:
     """Whose each token of a forward pass is. Plans are made once for each way in which layers hold the adapters, and
-    serve every step for which the batch stays as it is. A route is for passes with gradients or for those without."""
+    serve every step for which the batch stays as it is."""
 
     segments: tuple[tuple[Key | None, int], ...]
     """(adapter or None, tokens), in the order of the batch"""
@@ -294,8 +294,7 @@ class Route:
         blocks = sorted(tokens_of)
         first, count = blocks[0], blocks[-1] - blocks[0] + 1
         width = max(len(tokens) for tokens in tokens_of.values())
-        # A gradient that is 0 becomes NaN where it meets NaN: what is trained shall meet no block but its own.
-        sparse = count > (1 if torch.is_grad_enabled() else SPARSE) * len(blocks)
+        sparse = count > SPARSE * len(blocks)
         at = {block: i if sparse else block - first for i, block in enumerate(blocks)}
         chosen = self._tensor(blocks) if sparse else None
         tokens = [token for block in blocks for token in tokens_of[block]]
@@ -330,8 +329,8 @@ class Router:
 
     route: Route | None = None
 
-    def __init__(self, device: torch.device) -> None:
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
+    def __init__(self) -> None:
+        self.anchor = torch.zeros((), requires_grad=True)
         """What makes lanes' layers a part of the backward pass."""
 
 
@@ -460,8 +459,8 @@ class PooledModel:
     def __init__(self, model: Any) -> None:
         from ftray.model.adapters import linear_layers
 
+        self.model, self.router = model, Router()
         self.dtype, self.device = model.dtype, model.device
-        self.model, self.router = model, Router(model.device)
         in_c = self.device.type == "cpu" and self.dtype == torch.bfloat16
         self.compiled, self.not_compiled = lowrank.load() if in_c else (None, "")
         """What multiplies low ranks where nothing is trained, and why torch has to, on a CPU in bf16."""

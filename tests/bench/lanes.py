@@ -66,10 +66,8 @@ def run_file(folder: Path, name: str, base: str, number: int, rows: int, steps: 
         "data": {
             "sources": [
                 {
-                    "path": str(DATA / "train.csv"),
-                    "format": "prompt_completion",
-                    "prompt": "{mr}\n",
-                    "completion": "{ref}",
+                    "path": str(DATA / "trainset.csv"),
+                    "format": {"name": "prompt_completion", "prompt": "{mr}\n", "completion": "{ref}"},
                     "limit": 2000,
                 }
             ],
@@ -193,7 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--bases", default="embedded,28m")
-    parser.add_argument("--batches", default="3,12,48", help="rows a step; the first is that of `wall`")
+    parser.add_argument("--batches", default="2,8,32", help="rows a step; the first is that of `wall`")
     parser.add_argument("--no-wall", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -203,9 +201,8 @@ def main() -> None:
     batches = [int(n) for n in given.batches.split(",")]
     scratch = tempfile.TemporaryDirectory()
     places = {"embedded": lambda: "embedded", "28m": lambda: str(the_28m(Path(scratch.name)))}
-    print(
-        "| base | rows a step | what | lanes | one after another | ratio | mark |\n|---|---:|---|---:|---:|---:|---:|"
-    )
+    print("| base | rows a step | what | lanes | one after another | ratio | mark |")
+    print("|---|---:|---|---:|---:|---:|---:|")
     for name in given.bases.split(","):
         base = places[name]()
         if not given.no_wall:
@@ -217,13 +214,8 @@ def main() -> None:
                 [separately(base, given.trials, steps, rows, lanes) for lanes in (True, False)]
                 for _ in range(given.rounds)
             ]
-            show(
-                name,
-                rows,
-                "steps alone, s",
-                [(a["seconds"], b["seconds"]) for a, b in both],
-                STEPS_MARK if i == 0 else None,
-            )
+            seconds = [(a["seconds"], b["seconds"]) for a, b in both]
+            show(name, rows, "steps alone, s", seconds, None if i else STEPS_MARK)
             if i == 0:
                 mib = [(a["bytes"] / 2**20, b["bytes"] / 2**20) for a, b in both]
                 show(name, rows, "memory of all lanes / of one trial, MiB", mib, MEMORY_MARK)
@@ -233,10 +225,8 @@ def show(base: str, rows: int, what: str, pairs: list[tuple[float, float]], mark
     ratios = [a / b for a, b in pairs]
     spread = f" [{min(ratios):.2f}–{max(ratios):.2f}]" if len(ratios) > 1 else ""
     a, b = (statistics.median(values) for values in zip(*pairs, strict=True))
-    print(
-        f"| {base} | {rows} | {what} | {a:.1f} | {b:.1f} | {statistics.median(ratios):.2f}{spread} | {mark or ''} |",
-        flush=True,
-    )
+    ratio = f"{statistics.median(ratios):.2f}{spread}"
+    print(f"| {base} | {rows} | {what} | {a:.1f} | {b:.1f} | {ratio} | {mark or ''} |", flush=True)
 
 
 if __name__ == "__main__":
