@@ -147,6 +147,60 @@ def train(run: RunName, overrides: Overrides = None, as_json: Json = False, verb
 
 
 @app.command()
+def evaluate(
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SYSTEM… [KEY=VALUE…]",
+            help="Finished runs, adapters' or models' folders, names in a registry, endpoints (https://host/v1#model);"
+            " and keys of the run file's `evaluate` to change: decoding.max_tokens=60",
+            show_default=False,
+        ),
+    ],
+    like: Annotated[
+        str | None,
+        typer.Option("--like", metavar="RUN", help="Ask as this run says; default: the first SYSTEM that is a run."),
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="NAME,…", help="Judge answers by these; e2e: five.")] = None,
+    examples: Annotated[
+        str | None, typer.Option(metavar="K,…", help="Baselines: the base with K training rows in its prompt.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FOLDER", help="Keep the result there; default: the first run's.")
+    ] = None,
+    registry: RegistryUri = None,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The libraries' output, and tracebacks.")] = False,
+) -> None:
+    """Measure what tuning changed: each system beside the base that it began as.
+
+    Losses on target tokens of the run's held-out rows (or of `evaluate.rows`); and, with metrics, answers to them,
+    judged against their references, with 95 % intervals and paired tests, since test sets are small. The base is asked
+    as it is and with examples in its prompt. Each base is loaded once, and all adapters on it answer in one pass. Every
+    answer is kept in the run's folder, and the report shows them.
+
+    Metrics: bleu nist meteor coco_rouge_l cider (together: e2e), chrf, rouge_1 rouge_2 rouge_l, exact_match, accuracy,
+    macro_f1, numeric_answer, valid_json, json_schema, distinct_1 distinct_2, words. Most need ftray[evaluate].
+
+    ftray evaluate runs/cheese
+
+    ftray evaluate runs/e2e-lora runs/e2e-full --metrics e2e --examples 0,5 decoding.max_tokens=80
+    """
+    from ftray.cli.evaluate import evaluate_command
+
+    evaluate_command(
+        systems,
+        like=like,
+        metrics=metrics,
+        examples=examples,
+        to=to,
+        registry=registry,
+        as_json=as_json,
+        verbose=verbose,
+    )
+
+
+@app.command()
 def export(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs: folders, run files or recipes.")],
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new folder, or an fsspec URI.")],

@@ -69,6 +69,8 @@ class Evaluation(Strict):
     """What is asked; empty: the run's held-out rows. Rows with one prompt are one question with several references."""
     limit: int | None = Field(None, ge=1)
     """The first questions alone; null: all."""
+    loss_rows: int | None = Field(1000, ge=1)
+    """The first rows alone have their loss taken; null: all."""
     metrics: list[MetricName] = []
     """By what answers are judged: names, or `e2e` for the E2E challenge's five. Empty: by losses alone, and nothing is
     generated."""
