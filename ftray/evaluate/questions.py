@@ -60,7 +60,7 @@ def questions_of(rows: Iterable[Asked], limit: int | None = None) -> list[Questi
     for row in rows:
         first.setdefault(row.key, row)
         answers[row.key].append(row.answer)
-    found = [Question(asked, tuple(dict.fromkeys(answers[key]))) for key, asked in first.items()]
+    found = [Question(asked, tuple(answers[key])) for key, asked in first.items()]
     return found[:limit]
 
 

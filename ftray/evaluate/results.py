@@ -1,4 +1,4 @@
-"""What an evaluation leaves: `evaluation/result.json`, and every answer in `evaluation/answers.jsonl`, in a run's folder.
+"""What an evaluation leaves in a run's folder: `evaluation/result.json`, and the answers in `evaluation/answers.jsonl`.
 
 The report reads them; `result.json` alone is what `ftray evaluate --json` prints.
 """
