@@ -67,6 +67,90 @@ def evaluate_command(
         print("nothing was kept; --to FOLDER keeps every answer and the result")
 
 
+def matrix_command(
+    names: list[str],
+    *,
+    general: list[str],
+    limit: int | None,
+    to: str | None,
+    registry: str | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    from ftray.cli.export import quiet
+    from ftray.cli.publish import VARIABLE
+    from ftray.evaluate.matrix import columns_of, cross, general_sources, matrix_json
+    from ftray.evaluate.results import write_matrix
+    from ftray.evaluate.systems import resolved
+
+    if odd := next((name for name in names if _OVERRIDE.match(name)), None):
+        raise ConfigError(
+            "a matrix asks each task as its own run says", where=odd, hint="leave it out; --limit is heeded"
+        )
+    with open_console(as_json=as_json) as console, nullcontext() if verbose else quiet():
+        with resolved(names, registry or os.environ.get(VARIABLE)) as systems:
+            matrix = cross(systems, columns_of(systems, general_sources(general), limit), console)
+        folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
+        written = write_matrix(folder, matrix) if folder is not None else None
+    found, report = matrix_json(matrix), _report(folder, console) if folder is not None else None
+    if as_json:
+        print(json.dumps({"kind": "matrix", **found, "written": written, "report": report}, ensure_ascii=False))
+        return
+    print(f"\n{matrix_text(found)}\n")
+    places = [(name, where) for name, where in (("matrix", written), ("report", report)) if where]
+    if places:
+        print(facts(places, indent=0))
+
+
+_WIDE = 8
+"""Tasks that a terminal has columns for; of more, sums alone are shown."""
+
+
+def matrix_text(found: dict[str, Any]) -> str:
+    """Losses of every system on every task, with the change since the base; and scores, where tasks have metrics."""
+    tasks = [task["name"] for task in found["tasks"]]
+    lines = []
+    if len(tasks) <= _WIDE:
+        rows = [
+            [system["name"], *(_change(loss, lost) for loss, lost in zip(losses, changes, strict=True))]
+            for system, losses, changes in zip(found["systems"], found["losses"], found["forgetting"], strict=True)
+        ]
+        lines += [
+            "loss, nats a target token (and less the base's)",
+            table(["system", *tasks], rows, right=range(1, 99)),
+        ]
+        if any(task["metric"] for task in found["tasks"]):
+            named = [f"{task['name']}: {task['metric']}" if task["metric"] else task["name"] for task in found["tasks"]]
+            rows = [
+                [system["name"], *("–" if score is None else f"{score:.4f}" for score in scores)]
+                for system, scores in zip(found["systems"], found["scores"], strict=True)
+            ]
+            lines += ["", table(["system", *named], rows, right=range(1, 99))]
+    else:
+        rows = [_summary(found, i) for i in range(len(found["systems"]))]
+        head = ["system", "own loss", "change", "others' loss", "change", "own score", "others' score"]
+        lines.append(table(head, rows, right=range(1, 7)))
+    lines.append(f"\n{len(found['systems'])} systems × {len(tasks)} tasks in {duration(found['seconds'])}")
+    return "\n".join(lines)
+
+
+def _change(loss: float | None, lost: float | None) -> str:
+    return "–" if loss is None or lost is None else f"{loss:.3f} ({lost:+.3f})"
+
+
+def _summary(found: dict[str, Any], i: int) -> list[str]:
+    own = found["systems"][i]["own"]
+
+    def mean(values: list[float | None], of_own: bool) -> str:
+        known = [v for j, v in enumerate(values) if v is not None and (j == own) == of_own]
+        return f"{sum(known) / len(known):.3f}" if known else "–"
+
+    cells = [found["systems"][i]["name"]]
+    for of_own in (True, False):
+        cells += [mean(found["losses"][i], of_own), mean(found["forgetting"][i], of_own)]
+    return [*cells, mean(found["scores"][i], True), mean(found["scores"][i], False)]
+
+
 def settings_of(run: Run | None, overrides: list[str]) -> Evaluation | None:
     """The run's `evaluate` with the command line's keys; None where neither says anything. Raises ConfigError."""
     from pydantic import ValidationError
@@ -108,11 +192,12 @@ def result_text(found: dict[str, Any]) -> str:
         head += ["prompt", "answer"]
     rows = [_row(system, found, names, asked) for system in found["systems"]]
     lines = [table(head, rows, right=range(1, len(head))), ""]
-    decoding = found["settings"]["decoding"]
+    from ftray.evaluate.results import decoding_text
+
     about = f"{count(found['questions'])} questions with {count(found['references'])} references"
     lines.append(f"{about}, losses of {count(found['loss_rows'])} rows; {duration(found['seconds'])}")
     if asked:
-        lines.append(f"{decoding_text(decoding)}; prompt and answer: mean tokens of a request")
+        lines.append(f"{decoding_text(found['settings']['decoding'])}; prompt and answer: mean tokens of a request")
         lines.append("±: half of a 95 % bootstrap interval; *: differs from the first line, p < 0.05 (paired test)")
     for system in found["systems"]:
         if system["examples"] and system["examples_shown"] < system["examples"] and asked:
@@ -122,6 +207,8 @@ def result_text(found: dict[str, Any]) -> str:
             lines.append(f"{system['name']}: {count(system['rows_too_long'])} rows are too long, their loss is not in")
         if system["cut_off"]:
             lines.append(f"{system['name']}: {count(system['cut_off'])} answers cut off at max_tokens")
+    lines += found["overlap"]["lines"]
+    lines += [f"{name}: {line}" for name, told in found["diagnosis"].items() for line in told]
     return "\n".join(lines)
 
 
@@ -150,19 +237,3 @@ def _row(system: dict[str, Any], found: dict[str, Any], names: list[str], asked:
             f"{system[key]:,.0f}" if system[key] is not None else "–" for key in ("prompt_tokens", "answer_tokens")
         ]
     return cells
-
-
-def decoding_text(decoding: dict[str, Any]) -> str:
-    """`greedy, up to 128 tokens`."""
-    if decoding["beams"] > 1:
-        text = f"beam search with {decoding['beams']} beams, length penalty {decoding['length_penalty']:g}"
-        if decoding["no_repeat_ngram"]:
-            text += f", no {decoding['no_repeat_ngram']}-gram twice"
-    elif decoding["temperature"] == 0:
-        text = "greedy"
-    else:
-        text = f"sampled at temperature {decoding['temperature']:g}"
-        text += f", top_p {decoding['top_p']:g}" if decoding["top_p"] < 1 else ""
-        text += f", top_k {decoding['top_k']}" if decoding["top_k"] else ""
-        text += f", seed {decoding['seed']}"
-    return f"{text}, up to {count(decoding['max_tokens'])} tokens"

@@ -168,6 +168,14 @@ def evaluate(
     to: Annotated[
         str | None, typer.Option("--to", metavar="FOLDER", help="Keep the result there; default: the first run's.")
     ] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Every system on every run's held-out rows: what each forgot.")
+    ] = False,
+    general: Annotated[
+        list[str] | None,
+        typer.Option("--general", metavar="FILE", help="With --matrix: general text, a row a line; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, at most.", min=1)] = None,
     registry: RegistryUri = None,
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The libraries' output, and tracebacks.")] = False,
@@ -185,9 +193,22 @@ def evaluate(
     ftray evaluate runs/cheese
 
     ftray evaluate runs/e2e-lora runs/e2e-full --metrics e2e --examples 0,5 decoding.max_tokens=80
-    """
-    from ftray.cli.evaluate import evaluate_command
 
+    ftray evaluate runs/one runs/two runs/three --matrix --general english.txt
+    """
+    from ftray.cli.evaluate import evaluate_command, matrix_command
+
+    if matrix:
+        if odd := next((o for o, v in (("--like", like), ("--metrics", metrics), ("--examples", examples)) if v), None):
+            raise UsageError(f"{odd} does not go with --matrix, which asks each task as its own run says")
+        matrix_command(
+            systems, general=general or [], limit=limit, to=to, registry=registry, as_json=as_json, verbose=verbose
+        )
+        return
+    if general:
+        raise UsageError("--general goes with --matrix")
+    if limit:
+        systems = [*systems, f"limit={limit}"]
     evaluate_command(
         systems,
         like=like,

@@ -26,6 +26,8 @@ class Prompt:
     """Key in the adapters; None: the base alone."""
     tokens: tuple[int, ...]
     stop: tuple[str, ...] = ()
+    decoding: Decoding | None = None
+    """Its own; None: that of all."""
 
 
 @dataclass
@@ -49,7 +51,8 @@ def answers_of(
     done: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
     """The answer to each prompt, in order, written by one engine on `base`, which must have no other. `longest` is the
-    longest prompt in tokens, virtual ones of its adapter included. Raises RunError when a request fails."""
+    longest prompt in tokens, virtual ones of its adapter included; `decoding` allows as many tokens as any prompt's own
+    does. Raises RunError when a request fails."""
     slots = SLOTS[base.model.device.type]
     most = _AHEAD * slots
     options = EngineOptions(
@@ -82,13 +85,14 @@ def answers_of(
 def _requests(prompts: Iterable[Prompt], decoding: Decoding, answers: list[Answer]) -> Iterator[Request]:
     for number, prompt in enumerate(prompts):
         answers.append(Answer(prompt_tokens=len(prompt.tokens)))
+        own = prompt.decoding or decoding
         sampling = Sampling(
-            max_tokens=decoding.max_tokens,
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            top_k=decoding.top_k,
-            seed=decoding.seed + number,
-            stop=(*decoding.stop, *prompt.stop),
+            max_tokens=own.max_tokens,
+            temperature=own.temperature,
+            top_p=own.top_p,
+            top_k=own.top_k,
+            seed=own.seed + number,
+            stop=(*own.stop, *prompt.stop),
         )
         adapter = None if prompt.adapter is None else Ref("evaluate", "evaluate", prompt.adapter)
         yield Request(str(number), prompt.tokens, sampling, adapter, "evaluate")

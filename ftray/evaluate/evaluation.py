@@ -23,9 +23,10 @@ from ftray.config import Evaluation, Run, Source
 from ftray.data.encode import Vocabulary
 from ftray.data.tokenizer import load_tokenizer
 from ftray.engine.engine import load_base
-from ftray.errors import ConfigError, UserError
+from ftray.errors import ConfigError, DataError, UserError
 from ftray.evaluate.answers import Answer, Prompt, answers_of
 from ftray.evaluate.losses import LossRow, row_losses
+from ftray.evaluate.overlap import Overlap, overlap
 from ftray.evaluate.questions import BETWEEN, Asked, Examples, Prompter, Question, questions_of, read_rows, split_rows
 from ftray.evaluate.scores.metric import Measured, Metric
 from ftray.evaluate.scores.registry import opened
@@ -35,8 +36,8 @@ from ftray.model.load import DTYPES
 from ftray.model.served import Adapter, Base
 
 OnEvent = Callable[[dict[str, Any]], None]
-_EXAMPLE_ROWS = 100_000
-"""Training rows that examples are chosen from, at most."""
+_TRAIN_ROWS = 100_000
+"""Training rows that are looked at, at most: for examples, and for duplicates of held-out ones."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class Task:
     questions: list[Question]
     rows: list[Asked]
     """Each row with its own answer: what losses are taken of."""
-    examples: list[Asked]
-    """Training rows that may stand in a prompt; empty where no baseline needs any."""
+    train: list[Asked]
+    """Training rows, the first of them: for examples in prompts, and to see which held-out rows are among them."""
+    train_missing: str | None
+    """Why there are none."""
     sources: list[Source]
     seed: int
     name: str
@@ -84,6 +87,8 @@ class Result:
     metrics: list[Metric]
     """Closed: for their names and units."""
     outcomes: list[Outcome]
+    overlap: Overlap | None
+    """None: there are no training rows to compare with."""
     differences: dict[tuple[str, str], dict[str, Difference | None]]
     """(system, other) → by metric, the system's less the other's."""
     seconds: float
@@ -99,16 +104,7 @@ def task_of(systems: Sequence[System], like: Run | None = None, settings: Evalua
             hint="name a run to evaluate as: --like RUN (a run file, a run's folder or a recipe)",
         )
     settings = settings or run.evaluate or Evaluation()
-    vocabulary = Vocabulary.of(load_tokenizer(run.model, run.data.chat_template))
-    shown = max(settings.examples, default=0) > 0
-    held_out: list[Asked] = []
-    train: list[Asked] = []
-    if run.data.held_out and not settings.rows:
-        held_out = read_rows(run.data.held_out)
-    if shown and (run.data.held_out or not run.data.held_out_fraction):
-        train = read_rows(run.data.sources, _EXAMPLE_ROWS)
-    elif not held_out and (shown or not settings.rows):
-        train, held_out = split_rows(run, vocabulary)
+    train, held_out, missing = _rows_of(run, settings)
     rows = read_rows(settings.rows) if settings.rows else held_out
     if not rows:
         raise ConfigError(
@@ -120,7 +116,27 @@ def task_of(systems: Sequence[System], like: Run | None = None, settings: Evalua
     asked = {question.asked.key for question in questions}
     kept = [row for row in rows if row.key in asked][: settings.loss_rows]
     sources = settings.rows or run.data.held_out or run.data.sources
-    return Task(settings, questions, kept, train if shown else [], sources, run.seed, run.name)
+    return Task(settings, questions, kept, train, missing, sources, run.seed, run.name)
+
+
+def _rows_of(run: Run, settings: Evaluation) -> tuple[list[Asked], list[Asked], str | None]:
+    """(training rows, held-out rows, why there are no training rows). Raises DataError where rows are needed and are
+    not there any more."""
+    divided = bool(run.data.held_out_fraction)
+    missing: str | None = None
+    try:
+        if divided:
+            vocabulary = Vocabulary.of(load_tokenizer(run.model, run.data.chat_template))
+            train, held_out = split_rows(run, vocabulary, _TRAIN_ROWS if settings.rows else None)
+        else:
+            train, held_out = read_rows(run.data.sources, _TRAIN_ROWS), []
+    except DataError as error:
+        if max(settings.examples, default=0) or (divided and not settings.rows):
+            raise
+        train, held_out, missing = [], [], error.what
+    if run.data.held_out and not settings.rows:
+        held_out = read_rows(run.data.held_out)
+    return train, held_out, missing
 
 
 def evaluate(systems: Sequence[System], task: Task, on_event: OnEvent) -> Result:
@@ -131,7 +147,9 @@ def evaluate(systems: Sequence[System], task: Task, on_event: OnEvent) -> Result
     references = [question.references for question in task.questions]
     with ExitStack() as stack:
         metrics = stack.enter_context(opened(settings.metrics, references, settings.json_schema))
-        examples = Examples(task.examples, task.seed, similar=settings.choose == "similar")
+        examples = Examples(
+            task.train, task.seed, similar=settings.choose == "similar" and max(settings.examples, default=0) > 0
+        )
         by_base: dict[BaseKey | None, list[Outcome]] = {}
         for outcome in outcomes.values():
             by_base.setdefault(outcome.system.base, []).append(outcome)
@@ -142,7 +160,8 @@ def evaluate(systems: Sequence[System], task: Task, on_event: OnEvent) -> Result
                 _ask_base(key, group, task, examples, on_event)
         _score(list(outcomes.values()), metrics, task, on_event)
         differences = _differences(list(outcomes.values()), task)
-    return Result(task, metrics, list(outcomes.values()), differences, time.perf_counter() - started)
+    shared = overlap(task.train, task.rows) if task.train else None
+    return Result(task, metrics, list(outcomes.values()), shared, differences, time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------------------- one base
@@ -183,7 +202,7 @@ def _take_losses(
     owners: list[tuple[Outcome, int]] = []
     for outcome in group:
         system, prompter = outcome.system, prompters[outcome.system.chat_template]
-        places = _places(base, adapters, system)
+        places = places_of(base, adapters, system)
         outcome.losses = np.full(len(task.rows), np.nan)
         outcome.target_tokens = np.zeros(len(task.rows))
         rendered = [prompter.whole(row, _fitting(row, system, examples, prompter, places, 0)[0]) for row in task.rows]
@@ -221,7 +240,7 @@ def _take_answers(
     longest = 0
     for outcome in group:
         system, prompter = outcome.system, prompters[outcome.system.chat_template]
-        places = _places(base, adapters, system)
+        places = places_of(base, adapters, system)
         for question in task.questions:
             shown, tokens = _fitting(question.asked, system, examples, prompter, places, decoding.max_tokens)
             if len(tokens) + decoding.max_tokens > places:
@@ -263,7 +282,7 @@ def _take_answers(
         outcome.answers = answers[number * each : (number + 1) * each]
 
 
-def _places(base: Base, adapters: dict[str, Adapter], system: System) -> int:
+def places_of(base: Base, adapters: dict[str, Adapter], system: System) -> int:
     """Tokens that question and answer may have together."""
     positions = getattr(base.config, "max_position_embeddings", None) or 4096
     return positions - (adapters[system.key].virtual_tokens if system.key else 0)

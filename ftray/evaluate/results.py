@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftray import __version__
+from ftray.evaluate.diagnosis import Curves, diagnose, in_words
 from ftray.evaluate.evaluation import LOSS, Outcome, Result, perplexity
+from ftray.evaluate.matrix import Matrix, matrix_json
+from ftray.evaluate.record import read_record
 from ftray.evaluate.scores.metric import Metric
 from ftray.manifest import join, write_text
 from ftray.redact import redact, redact_values
 
 FOLDER = "evaluation"
 RESULT = "result.json"
+MATRIX = "matrix.json"
 ANSWERS = "answers.jsonl"
 
 
@@ -25,6 +29,13 @@ def write_result(folder: str, result: Result) -> str:
     place = join(folder, FOLDER)
     write_text(join(place, ANSWERS), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answer_rows(result)))
     write_text(join(place, RESULT), json.dumps(to_json(result), indent=1, ensure_ascii=False) + "\n")
+    return place
+
+
+def write_matrix(folder: str, matrix: Matrix) -> str:
+    """Write `evaluation/matrix.json` into a run's folder; returns where."""
+    place = join(folder, FOLDER, MATRIX)
+    write_text(place, json.dumps(matrix_json(matrix), indent=1, ensure_ascii=False) + "\n")
     return place
 
 
@@ -46,8 +57,31 @@ def to_json(result: Result) -> dict[str, Any]:
             {"system": one, "than": other, "metrics": {name: _difference(value) for name, value in by_metric.items()}}
             for (one, other), by_metric in result.differences.items()
         ],
+        "overlap": _overlap(result),
+        "diagnosis": {
+            outcome.system.name: in_words(diagnose(Curves.of(read_record(outcome.system.run_folder))))
+            for outcome in result.outcomes
+            if outcome.system.run_folder is not None
+        },
         "seconds": round(result.seconds, 2),
     }
+
+
+def _overlap(result: Result) -> dict[str, Any]:
+    """What of the held-out rows is in the training rows, with the first of each kind."""
+    found = result.overlap
+    if found is None:
+        return {"rows": 0, "lines": [f"not looked for: {result.task.train_missing or 'there are no training rows'}"]}
+    shown = [
+        {"held_out": redact(d.held_out.where), "train": redact(d.train.where), "likeness": _rounded(d.likeness)}
+        for d in (*found.exact[:_SHOWN], *found.near[:_SHOWN])
+    ]
+    counts = {"rows": found.rows, "exact": len(found.exact), "near": len(found.near)}
+    return counts | {"lines": [redact(line) for line in found.in_words()], "first": shown}
+
+
+_SHOWN = 20
+"""Duplicates of each kind that are listed."""
 
 
 def answer_rows(result: Result) -> list[dict[str, Any]]:
@@ -123,3 +157,19 @@ def _rounded(value: float | None) -> float | None:
 
 def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), 2) if values else None
+
+
+def decoding_text(decoding: dict[str, Any]) -> str:
+    """`greedy, up to 128 tokens`."""
+    if decoding["beams"] > 1:
+        text = f"beam search with {decoding['beams']} beams, length penalty {decoding['length_penalty']:g}"
+        if decoding["no_repeat_ngram"]:
+            text += f", no {decoding['no_repeat_ngram']}-gram twice"
+    elif decoding["temperature"] == 0:
+        text = "greedy"
+    else:
+        text = f"sampled at temperature {decoding['temperature']:g}"
+        text += f", top_p {decoding['top_p']:g}" if decoding["top_p"] < 1 else ""
+        text += f", top_k {decoding['top_k']}" if decoding["top_k"] else ""
+        text += f", seed {decoding['seed']}"
+    return f"{text}, up to {decoding['max_tokens']:,} tokens"

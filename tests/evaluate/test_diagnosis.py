@@ -19,7 +19,7 @@ from tests.toys import MemoryData, Recorder, cheese_rows, toy_run
 HEALTHY = {"steps": 60, "rows": 256, "rate": "5e-3", "schedule": "cosine", "every": 10}
 MADE = {
     "healthy": HEALTHY,
-    "overfit on 20 rows": HEALTHY | {"rows": 20, "schedule": "constant", "steps": 90},
+    "overfit on 20 rows": HEALTHY | {"rows": 20, "schedule": "constant", "steps": 70},
     "rate 100 times too high": HEALTHY | {"rate": "5e-1", "steps": 40},
     "1 step": HEALTHY | {"steps": 1, "rate": "1e-4", "every": 1},
     "cut short": HEALTHY | {"steps": 12, "schedule": "constant", "rate": "1e-3", "every": 3},
@@ -43,7 +43,7 @@ def made(tmp_path_factory):
             "train.max_skipped=1000",
             "data.held_out_fraction=0.1",
         )
-        data = MemoryData(cheese_rows(int(settings["rows"])), cheese_rows(24, "held_out"))
+        data = MemoryData(cheese_rows(int(settings["rows"])), cheese_rows(12, "held_out"))
         train_worker(run, data, World(), Recorder())  # type: ignore[arg-type]
         (folder / "run.yaml").write_text(run.to_yaml())
         found[name] = Curves.of(read_record(str(folder)))
