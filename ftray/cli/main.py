@@ -222,6 +222,27 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs: folders, run files or recipes.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FILE", help="Of several runs: where the page goes.")
+    ] = "comparison.html",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a run's page anew; or one page that compares several runs.
+
+    A page is one file that needs no network. `ftray train` and `ftray evaluate` make a run's own, report.html, by
+    themselves.
+
+    ftray report runs/e2e-lora runs/e2e-full --to e2e.html
+    """
+    from ftray.cli.report import report_command
+
+    report_command(runs, to, as_json=as_json)
+
+
+@app.command()
 def export(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs: folders, run files or recipes.")],
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new folder, or an fsspec URI.")],

@@ -181,7 +181,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, ow
                 colour = to_rgba(_ACCENT if value < 0 else _SECOND, 0.75 * share)
                 axes.add_patch(Rectangle((j, i), 1, 1, facecolor=colour[:3], alpha=colour[3], linewidth=0))
                 if not small:
-                    text = f"{value:+.2f}"
+                    text = f"{value:+.2f}" if abs(value) >= 0.005 else "0"
                     axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=_TEXT, fontsize=10.5)
         for i, task in enumerate(own):
             if task is not None:

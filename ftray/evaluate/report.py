@@ -32,18 +32,23 @@ def write_report(folder: str) -> str:
 
 def render(record: RunRecord) -> str:
     """The page as text."""
+    return environment().get_template("report.html").render(page(record))
+
+
+def environment() -> Any:
+    """jinja2's, with the pages' templates and filters."""
     import jinja2
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("ftray.evaluate"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count, "loss": loss, "duration": duration, "share": share, "short": short}
-    environment.filters |= {"signed": signed, "capitalize_first": capitalize_first}
-    return environment.get_template("report.html").render(page(record))
+    made.filters |= {"count": count, "loss": loss, "duration": duration, "share": share, "short": short}
+    made.filters |= {"signed": signed, "capitalize_first": capitalize_first}
+    return made
 
 
 def page(record: RunRecord) -> dict[str, Any]:
