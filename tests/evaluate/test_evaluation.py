@@ -212,6 +212,20 @@ def test_a_changed_artefact_is_refused(runs, tmp_path):
         pass
 
 
+def test_an_adapter_of_another_base_is_refused(runs, tmp_path):
+    """Its ftray.json names a digest that is not the base's."""
+    import shutil
+
+    shutil.copytree(runs["lora"] / "artefact", tmp_path / "adapter")
+    facts = json.loads((tmp_path / "adapter/ftray.json").read_text())
+    facts["base"]["sha256"] = "0" * 64
+    (tmp_path / "adapter/ftray.json").write_text(json.dumps(facts))
+    with resolved([str(tmp_path / "adapter")]) as systems:
+        task = task_of(systems, settings=Evaluation(examples=[]))
+        with pytest.raises(ArtefactError, match="not the base that it was trained on"):
+            evaluate(systems, task, lambda event: None)
+
+
 # ------------------------------------------------------------------------------------------------- questions, examples
 
 
