@@ -13,7 +13,13 @@ from ftray.errors import FtrayError, RunError
 from ftray.model.served import Adapter, Base
 from ftray.registry.ref import Ref
 
-SLOTS = {"cpu": 32, "cuda": 128}
+SLOTS = {"cpu": 64, "cuda": 128}
+STEP_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Of one step, prompts included. An endpoint reads prompts in small pieces, so that nobody's answer stalls; here nobody
+waits for a token. Measured, 600 short prompts for 25 adapters on the embedded base, CPU seconds of one thread: 7.2 with
+the endpoint's options, 3.2 with these."""
+KV_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
+"""Of keys and values, at most: long contexts get fewer slots."""
 _AHEAD = 4
 """Requests in flight are this many times the slots: prompts of one adapter then find each other's beginnings."""
 
@@ -53,10 +59,17 @@ def answers_of(
     """The answer to each prompt, in order, written by one engine on `base`, which must have no other. `longest` is the
     longest prompt in tokens, virtual ones of its adapter included; `decoding` allows as many tokens as any prompt's own
     does. Raises RunError when a request fails."""
-    slots = SLOTS[base.model.device.type]
+    context, device = longest + decoding.max_tokens, base.model.device.type
+    slots = max(1, min(SLOTS[device], KV_BYTES[device] // (context * _token_bytes(base))))
     most = _AHEAD * slots
     options = EngineOptions(
-        slots=slots, context=longest + decoding.max_tokens, queue=most, tenant_queue=most, adapters=len(adapters) or 1
+        slots=slots,
+        context=context,
+        step_tokens=STEP_TOKENS[device],
+        prompt_tokens=STEP_TOKENS[device],
+        queue=most,
+        tenant_queue=most,
+        adapters=len(adapters) or 1,
     )
     engine = Engine(base, lambda ref: adapters[ref.digest], options)
     answers: list[Answer] = []
@@ -80,6 +93,14 @@ def answers_of(
         return answers
     finally:
         engine.close()
+
+
+def _token_bytes(base: Base) -> int:
+    """Of one token's keys and values in all layers."""
+    config = base.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * base.model.dtype.itemsize
 
 
 def _requests(prompts: Iterable[Prompt], decoding: Decoding, answers: list[Answer]) -> Iterator[Request]:
