@@ -153,13 +153,13 @@ class TerminalConsole(PlainConsole):
 
     def __init__(self, out: TextIO, every: int = 10, title: str | None = None, display: Display | None = None) -> None:
         super().__init__(out, every, title)
-        self._display = display or Display(out)
+        self.display = display or Display(out)
         self._what: str | None = None
         self._held_out = ""
 
     def close(self) -> None:
         with self._lock:
-            self._display.remove(self)
+            self.display.remove(self)
             self._what = None
 
     def line(self, text: str) -> None:
@@ -170,7 +170,7 @@ class TerminalConsole(PlainConsole):
             shown.stylize("yellow")
         if self.title:
             shown = Text(f"[{self.title}] ", style="cyan") + shown
-        self._display.print(shown)
+        self.display.print(shown)
 
     def on_status(self, e: Event) -> None:
         self.close()
@@ -206,7 +206,7 @@ class TerminalConsole(PlainConsole):
             self.close()
             self._what = what
         name = f"[{self.title}] {what}" if self.title else what
-        self._display.show(self, name, total, done, text)
+        self.display.show(self, name, total, done, text)
 
 
 class Display:
@@ -215,13 +215,13 @@ class Display:
     def __init__(self, out: TextIO) -> None:
         from rich.console import Console
 
-        self._console = Console(file=out, highlight=False, soft_wrap=True)
+        self.rich = Console(file=out, highlight=False, soft_wrap=True)
         self._progress: Any = None
         self._tasks: dict[PlainConsole, Any] = {}
         self._lock = threading.RLock()
 
     def print(self, text: Any) -> None:
-        self._console.print(text)
+        self.rich.print(text)
 
     def show(self, whose: PlainConsole, name: str, total: int | None, done: int, text: str) -> None:
         with self._lock:
@@ -248,7 +248,7 @@ class Display:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}", markup=False),
-            console=self._console,
+            console=self.rich,
             transient=True,
         )
 

@@ -331,7 +331,7 @@ def test_the_terminal_shows_progress_and_keeps_the_lines() -> None:
     out = Terminal()
     console = open_console(out=out)
     assert isinstance(console, TerminalConsole)
-    console.rich = RichConsole(file=out, force_terminal=True, width=100, highlight=False, soft_wrap=True)
+    console.display.rich = RichConsole(file=out, force_terminal=True, width=100, highlight=False, soft_wrap=True)
     with console:
         for event in EVENTS:
             console(event)
