@@ -234,9 +234,12 @@ class Display:
 
     def remove(self, whose: PlainConsole) -> None:
         with self._lock:
-            if (task := self._tasks.pop(whose, None)) is not None:
+            task = self._tasks.pop(whose, None)
+            if task is None:
+                return
+            if self._tasks:
                 self._progress.remove_task(task)
-            if self._progress is not None and not self._tasks:
+            else:
                 self._progress.stop()
                 self._progress = None
 
