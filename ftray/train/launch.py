@@ -28,17 +28,27 @@ from ftray.train.identity import identity, refuse_other_run
 Emit = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.2
 _PUSH_SECONDS = 0.2
+_HELD_SECONDS = 0.05
 _ALIKE_SECONDS = 5.0
 """How long a worker that failed for good waits to hear that all others did too."""
 _FINAL = (TypeError, AttributeError, NameError, KeyError, ValueError, AssertionError, NotImplementedError, ImportError)
 """Errors of the program, which come again however often a group of workers is started."""
 
 
-def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = False) -> dict[str, Any]:
+def train(
+    run: Run,
+    *,
+    on_event: Emit,
+    stop: threading.Event,
+    verbose: bool = False,
+    released: Callable[[], int] | None = None,
+) -> dict[str, Any]:
     """Run, or go on with, `run`; returns the summary, which is also RUN/summary.json.
 
-    `on_event` gets each event in this thread's process; setting `stop` makes the run commit and end. Raises RunStopped
-    after such a stop, RunError when the run could not go on, UserError for what the user can mend.
+    `on_event` gets each event in this thread's process; setting `stop` makes the run commit and end. With `released`
+    the workers stand still after each evaluation until it returns a step that is not below that of the evaluation, or
+    the run is stopped. Raises RunStopped after such a stop, RunError when the run could not go on, UserError for what
+    the user can mend.
     """
     started = time.perf_counter()
     preflight(run)
@@ -50,7 +60,7 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
         _compile_on_nodes(run, on_event)
         _until(stop, on_event, run.folder)({"kind": "status", "text": f"starting {workers_in_words(run)}"})
         with _tracked(run, on_event) as tracked:
-            summary = _fit(run, data_uri, tracked, stop, verbose)
+            summary = _fit(run, data_uri, tracked, stop, verbose, released)
     summary["wall_seconds"] = time.perf_counter() - started
     import orjson
 
@@ -137,7 +147,14 @@ _COMPILING = {
 # ------------------------------------------------------------------------------------------------------------- workers
 
 
-def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose: bool) -> dict[str, Any]:
+def _fit(
+    run: Run,
+    data_uri: str,
+    on_event: Emit,
+    stop: threading.Event,
+    verbose: bool,
+    released: Callable[[], int] | None = None,
+) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -148,7 +165,7 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
         trainer = TorchTrainer(
             _worker_main,
             train_loop_config={"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
-            | {"folder": os.getcwd()},
+            | {"folder": os.getcwd(), "waits": released is not None},
             scaling_config=ScalingConfig(
                 num_workers=run.workers.count, use_gpu=use_gpu, resources_per_worker=resources
             ),
@@ -160,7 +177,7 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         )
         failure: Exception | None = None
-        with _relay(board, on_event, stop), _silent(not verbose):
+        with _relay(board, on_event, stop, released or (lambda: 0)), _silent(not verbose):
             try:
                 with ThreadPoolExecutor(1) as pool:  # on the main thread it would take Ctrl-C over, and abort
                     pool.submit(trainer.fit).result()
@@ -221,7 +238,7 @@ def _worker_main(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, config["threads"]))
     if os.path.isdir(config["folder"]):  # Ray Train moves its workers; a run file means the user's folder
         os.chdir(config["folder"])
-    channel = _BoardChannel(config["board"], world.rank)
+    channel = _BoardChannel(config["board"], world.rank, waits=config["waits"])
     if channel.has_failed():  # started again only because one worker failed for good while others waited for it
         return
     restarts = channel.begin() - 1 if world.is_first else 0
@@ -252,6 +269,7 @@ class Board:
         self._summary: dict[str, Any] | None = None
         self._crashes: list[str] = []
         self._begun = 0
+        self._released = 0
 
     def begin(self) -> int:
         self._begun += 1
@@ -261,8 +279,13 @@ class Board:
         self._events += events
         return self._stop
 
-    def drain(self, stop: bool) -> list[dict[str, Any]]:
+    def may_go_on(self, step: int) -> bool:
+        """Whether a run that waits after the evaluation of `step` need not wait any longer."""
+        return self._stop or self._released >= step
+
+    def drain(self, stop: bool, released: int = 0) -> list[dict[str, Any]]:
         self._stop |= stop
+        self._released = max(self._released, released)
         events, self._events = self._events, []
         return events
 
@@ -286,8 +309,8 @@ class Board:
 class _BoardChannel:
     """A worker's end of the board: events go in batches, and no step waits for them."""
 
-    def __init__(self, board: Any, rank: int) -> None:
-        self._board, self._rank = board, rank
+    def __init__(self, board: Any, rank: int, *, waits: bool = False) -> None:
+        self._board, self._rank, self._waits = board, rank, waits
         self._waiting: list[dict[str, Any]] = []
         self._pushed_at = 0.0
         self._answer: Any = None
@@ -303,6 +326,16 @@ class _BoardChannel:
         self._waiting.append(event)
         if event["kind"] != "step" or time.monotonic() - self._pushed_at >= _PUSH_SECONDS:
             self._push()
+        if self._waits and event["kind"] == "evaluation":
+            self._wait(event["step"])
+
+    def _wait(self, step: int) -> None:
+        """Stand still until the evaluation was judged; the other workers wait for this one."""
+        import ray
+
+        while not ray.get(self._board.may_go_on.remote(step)):
+            time.sleep(_HELD_SECONDS)
+        self._stop |= ray.get(self._board.push.remote([]))
 
     def _push(self) -> None:
         self._answer = self._board.push.remote(self._waiting)
@@ -350,8 +383,9 @@ class _BoardChannel:
 
 
 @contextmanager
-def _relay(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
-    """Hand the board's events to `on_event`, and the wish to stop to the board, until the block ends."""
+def _relay(board: Any, on_event: Emit, stop: threading.Event, released: Callable[[], int]) -> Iterator[None]:
+    """Hand the board's events to `on_event`, and the wish to stop, or leave to go on, to the board, until the block
+    ends."""
     import ray
 
     done = threading.Event()
@@ -359,7 +393,7 @@ def _relay(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
     def relay() -> None:
         while True:
             last = done.wait(_POLL_SECONDS)
-            for event in ray.get(board.drain.remote(stop.is_set())):
+            for event in ray.get(board.drain.remote(stop.is_set(), released())):
                 try:
                     on_event(event)
                 except OSError:  # nobody reads any more: commit and end
