@@ -51,6 +51,7 @@ class Ordinary:
     def __init__(self, folder: str, places: Places, typical: Places, verbose: bool = False) -> None:
         if os.path.isdir(folder):
             os.chdir(folder)
+        from transformers import AutoTokenizer  # noqa: F401 - loaded lazily, and not safe for the threads to come
         self._free, self._typical, self._verbose = dict(places), typical, verbose
         self._jobs: dict[str, _Job] = {}
         self._turn = asyncio.Lock()

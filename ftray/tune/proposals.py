@@ -19,6 +19,10 @@ class Proposals(Searcher):
         super().__init__()
         self._hunt = hunt
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes a snapshot that nobody reads."""
+        return {}
+
     def suggest(self, trial_id: str) -> Any:
         found = self._hunt.suggest()
         if isinstance(found, dict):
@@ -54,7 +58,7 @@ class Ending(Stopper):
         return self._hunt.ended
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune writes it into a snapshot that nobody reads."""
+        """Tune writes a snapshot that nobody reads."""
         return {}
 
 
@@ -66,6 +70,10 @@ class Watch(Callback):
         self._placed: dict[str, str] = {}
         """Tune's name of a trial that may have a place → ours."""
         self._told_at: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes a snapshot that nobody reads."""
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._placed[trial.trial_id] = f"{trial.config['index']:04d}"

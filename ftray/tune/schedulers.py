@@ -94,6 +94,10 @@ class Recorded(TrialScheduler):
 
     # ------------------------------------------------------------------------------------------------ Tune's interface
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes a snapshot that nobody reads."""
+        return {}
+
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         return True
 
@@ -145,6 +149,8 @@ class Recorded(TrialScheduler):
             return self.CONTINUE
         decision = self._inner.on_trial_result(tune_controller, trial, finite(result, self._search))
         if not self._pauses:
+            if isinstance(self._inner, MedianStoppingRule):
+                self._inner._stopped_trials.discard(trial)  # it went on, and so must be judged again
             return self.CONTINUE
         if decision == self.STOP:
             self._stop(index, step)
