@@ -52,6 +52,7 @@ class Ordinary:
         if os.path.isdir(folder):
             os.chdir(folder)
         from transformers import AutoTokenizer  # noqa: F401 - loaded lazily, and not safe for the threads to come
+
         self._free, self._typical, self._verbose = dict(places), typical, verbose
         self._jobs: dict[str, _Job] = {}
         self._turn = asyncio.Lock()

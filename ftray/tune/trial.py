@@ -52,6 +52,7 @@ class Follower(Trainable):
         self._replay: list[dict[str, Any]] = json.loads(config["replay"])
         self._last: dict[str, Any] = {}
         self._seat: Any = None
+        self._unreported: list[dict[str, Any]] | None = None
         self._source: str | None = None
         self._lost = 0
 
@@ -89,15 +90,30 @@ class Follower(Trainable):
         while True:
             try:
                 if self._seat is None:
+                    if self._unreported is None:
+                        self._unreported = self._evaluations()
+                    if self._unreported:
+                        return self._unreported.pop(0)
                     run = self._search.run_of(self._parameters, self._index)
                     self._seat = self._get(self._desk.attach.remote(self._name, run.dump(), self._kind, self._source))
                     self._note_source()
                 return self._get(self._seat.next.remote(self._name))
             except RayActorError:
-                self._seat = None
+                self._seat = self._unreported = None
                 self._lost += 1
                 if self._lost > _LOST_WORKERS:
                     raise
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        """Evaluations in the run's own metrics that nobody heard of: a worker may be lost, or the search ended, between
+        a commit and what it had to tell. The run, going on from that commit, would not make them again."""
+        try:
+            lines = read_text(f"{self._search.trial_folder(self._index)}/metrics.jsonl").splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        events = [json.loads(line) for line in lines if line.endswith("\n") and '"evaluation"' in line]
+        newest = {event["step"]: event for event in events if event["kind"] == "evaluation"}
+        return [newest[step] for step in sorted(newest) if step > self._last.get("step", 0)]
 
     def _get(self, answer: Any) -> Any:
         ready, _ = ray.wait([answer, self._stopped], num_returns=1)
@@ -110,7 +126,7 @@ class Follower(Trainable):
 
     def _failed(self, error: str, *, final: bool) -> dict[str, Any]:
         self._desk.leave.remote(self._name)
-        self._seat = None
+        self._seat = self._unreported = None
         if final or self._failures >= self._search.retries:
             return self._last | {"failed": error, "done": True}
         self._failures += 1

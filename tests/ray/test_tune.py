@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 import yaml
 
 from ftray.config.search import parse_search
