@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from ftray.cli.words import count, duration, percent, some
@@ -142,28 +143,24 @@ class JsonConsole(PlainConsole):
     """Every event as one line of JSON, for programs."""
 
     def __call__(self, event: Event) -> None:
+        named = {"run": self.title, **event} if self.title else event
         with self._lock:
-            print(json.dumps(event, default=str), file=self.out, flush=True)
+            print(json.dumps(named, default=str), file=self.out, flush=True)
 
 
 class TerminalConsole(PlainConsole):
     """Lines above, and one display that moves below them: what is done, how well, how fast, and how long yet."""
 
-    def __init__(self, out: TextIO, every: int = 10, title: str | None = None) -> None:
+    def __init__(self, out: TextIO, every: int = 10, title: str | None = None, display: Display | None = None) -> None:
         super().__init__(out, every, title)
-        from rich.console import Console
-
-        self.rich = Console(file=out, highlight=False, soft_wrap=True)
-        self._display: Any = None
-        self._task: Any = None
+        self._display = display or Display(out)
         self._what: str | None = None
         self._held_out = ""
 
     def close(self) -> None:
         with self._lock:
-            if self._display is not None:
-                self._display.stop()
-            self._display = self._task = self._what = None
+            self._display.remove(self)
+            self._what = None
 
     def line(self, text: str) -> None:
         from rich.text import Text
@@ -173,8 +170,7 @@ class TerminalConsole(PlainConsole):
             shown.stylize("yellow")
         if self.title:
             shown = Text(f"[{self.title}] ", style="cyan") + shown
-        target = self._display.console if self._display is not None else self.rich
-        target.print(shown)
+        self._display.print(shown)
 
     def on_status(self, e: Event) -> None:
         self.close()
@@ -206,23 +202,63 @@ class TerminalConsole(PlainConsole):
         super().on_end(e)
 
     def _show(self, what: str, total: int | None, done: int, text: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
         if self._what != what:
             self.close()
-            name = f"[{self.title}] {what}" if self.title else what
-            self._display = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}", markup=False),
-                console=self.rich,
-                transient=True,
-            )
-            self._task = self._display.add_task(name, total=total, text="")
             self._what = what
-            self._display.start()
-        self._display.update(self._task, completed=done, total=total, text=text)
+        name = f"[{self.title}] {what}" if self.title else what
+        self._display.show(self, name, total, done, text)
+
+
+class Display:
+    """What moves at the bottom of a terminal: a bar for each console that has something under way."""
+
+    def __init__(self, out: TextIO) -> None:
+        from rich.console import Console
+
+        self._console = Console(file=out, highlight=False, soft_wrap=True)
+        self._progress: Any = None
+        self._tasks: dict[PlainConsole, Any] = {}
+        self._lock = threading.RLock()
+
+    def print(self, text: Any) -> None:
+        self._console.print(text)
+
+    def show(self, whose: PlainConsole, name: str, total: int | None, done: int, text: str) -> None:
+        with self._lock:
+            if self._progress is None:
+                self._progress = self._new()
+                self._progress.start()
+            if whose not in self._tasks:
+                self._tasks[whose] = self._progress.add_task(name, total=total, text="")
+            self._progress.update(self._tasks[whose], completed=done, total=total, text=text)
+
+    def remove(self, whose: PlainConsole) -> None:
+        with self._lock:
+            if (task := self._tasks.pop(whose, None)) is not None:
+                self._progress.remove_task(task)
+            if self._progress is not None and not self._tasks:
+                self._progress.stop()
+                self._progress = None
+
+    def _new(self) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        return Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=self._console,
+            transient=True,
+        )
+
+
+def open_consoles(titles: Sequence[str], every: int, as_json: bool) -> list[PlainConsole]:
+    """A console for each of several runs that go on at once."""
+    if as_json or not sys.stdout.isatty():
+        return [open_console(every, title, as_json) for title in titles]
+    display = Display(sys.stdout)
+    return [TerminalConsole(sys.stdout, every, title, display) for title in titles]
 
 
 def open_console(
@@ -231,7 +267,7 @@ def open_console(
     """The console that fits `out` (standard output): for a program, a terminal, or a log."""
     out = out or sys.stdout
     if as_json:
-        return JsonConsole(out, every)
+        return JsonConsole(out, every, title)
     return TerminalConsole(out, every, title) if out.isatty() else PlainConsole(out, every, title)
 
 

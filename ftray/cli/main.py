@@ -134,16 +134,40 @@ def data(
 
 
 @app.command()
-def train(run: RunName, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Train a run, or go on where it left off.
+def train(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN… [KEY=VALUE…]",
+            help="Run files (YAML), runs' folders or names of recipes; then keys to change in all of them, dotted.",
+            show_default=False,
+        ),
+    ],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a run, or go on where it left off; or several at once on one base.
+
+    Several runs (lora, dora, qlora, qdora; the same base) go through the base in one batch, each with its own data,
+    steps, commits, artefact and report, and each as if it were alone.
 
     Ctrl-C or SIGTERM commits and leaves with exit code 75; a second one leaves at once. With --json each event is a
     line of JSON, and the summary the last. Exit codes: 0 finished, 2 a mistake in what you gave, 3 the run failed, 75
     stopped: the same command goes on.
     """
-    from ftray.cli.train import train_command
+    from ftray.cli.train import train_command, train_many
 
-    train_command(_load(run, overrides), as_json=as_json, verbose=verbose)
+    names = [name for name in runs if "=" not in name]
+    overrides = [name for name in runs if "=" in name]
+    if not names:
+        raise UsageError("Missing argument 'RUN'.")
+    loaded = [_load(name, overrides) for name in names]
+    if len(loaded) == 1:
+        train_command(loaded[0], as_json=as_json, verbose=verbose)
+        return
+    code = train_many(loaded, as_json=as_json, verbose=verbose)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

@@ -141,6 +141,9 @@ class SearchTerminal(TerminalConsole, SearchConsole):
 
     def __init__(self, out: TextIO, every: int = 10, title: str | None = None) -> None:
         super().__init__(out, every, title)
+        from rich.console import Console
+
+        self._console = Console(file=out, highlight=False)
         self._live: Any = None
 
     def __call__(self, event: Event) -> None:
@@ -178,7 +181,7 @@ class SearchTerminal(TerminalConsole, SearchConsole):
 
         if self._live is None:
             TerminalConsole.close(self)
-            self._live = Live(console=self.rich, refresh_per_second=4, get_renderable=self._table, transient=True)
+            self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self._table, transient=True)
             self._live.start()
 
     def _table(self) -> Any:

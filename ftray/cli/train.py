@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
-from ftray.cli.console import PlainConsole, open_console
+from ftray.cli.console import PlainConsole, open_console, open_consoles
 from ftray.cli.signals import stop_on_signal
 from ftray.cli.words import count, duration, facts, percent, size
 from ftray.config import Run
-from ftray.errors import EXIT_OK, RunStopped
+from ftray.errors import EXIT_OK, FtrayError, RunStopped
 from ftray.manifest import filesystem, join
 from ftray.session import ray_session
 
@@ -28,6 +30,45 @@ def train_command(run: Run, *, as_json: bool, verbose: bool) -> int:
     return EXIT_OK
 
 
+def train_many(runs: list[Run], *, as_json: bool, verbose: bool) -> int:
+    """Several runs on one base. The exit code is that of the first one that did not finish."""
+    from ftray.tune.together import check_together
+
+    check_together(runs)
+    with contextlib.ExitStack() as opened:
+        consoles = {
+            run.name: opened.enter_context(console)
+            for run, console in zip(
+                runs, open_consoles([run.name for run in runs], runs[0].logging.every, as_json), strict=True
+            )
+        }
+        first = consoles[runs[0].name]
+        from ftray.tune.together import train_together
+
+        first({"kind": "status", "text": "starting Ray"})
+        with ray_session(verbose=verbose), stop_on_signal(lambda text: first({"kind": "status", "text": text})) as stop:
+            outcomes = train_together(runs, on_event=lambda name, event: consoles[name](event), stop=stop)
+        reports = {run.name: _report(run, consoles[run.name]) for run in runs if _has_metrics(run)}
+    errors: list[FtrayError] = []
+    for run in runs:
+        outcome = outcomes[run.name]
+        if isinstance(outcome, FtrayError):
+            errors.append(outcome)
+            print(f"\n[{run.name}] {outcome}", file=sys.stderr)
+        elif as_json:
+            consoles[run.name]({"kind": "summary", **outcome, "report": reports.get(run.name)})
+        else:
+            print(f"\n[{run.name}]\n{summary_text(outcome, reports.get(run.name))}")
+        if not isinstance(outcome, FtrayError) and outcome["reason"] == "stopped":
+            errors.append(RunStopped(f"stopped at step {outcome['steps']:,}", where=run.folder))
+    return errors[0].exit_code if errors else EXIT_OK
+
+
+def _has_metrics(run: Run) -> bool:
+    fs, metrics = filesystem(join(run.folder, "metrics.jsonl"))
+    return fs.exists(metrics)
+
+
 def train_run(run: Run, console: PlainConsole, *, verbose: bool) -> tuple[dict[str, Any], str | None]:
     """(summary, where the report lies) of a run, inside a session with Ray. A report that cannot be made is a warning:
     the run is whole without it."""
@@ -40,8 +81,7 @@ def train_run(run: Run, console: PlainConsole, *, verbose: bool) -> tuple[dict[s
         try:
             summary = train(run, on_event=console, stop=stop, verbose=verbose)
         except RunStopped:
-            fs, metrics = filesystem(join(run.folder, "metrics.jsonl"))
-            if fs.exists(metrics):
+            if _has_metrics(run):
                 _report(run, console)
             raise
     console.close()

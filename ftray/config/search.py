@@ -356,8 +356,10 @@ class Search(Strict):
         raw["name"], raw["output"] = f"{self.name}-{index:04d}", self.trial_folder(index)
         if isinstance(raw.get("data"), dict):
             raw["data"].setdefault("cache", join(self.folder, "data"))
-        if self.scheduler.name == "pbt" and isinstance(raw.get("train"), dict):  # others go on from older commits
-            raw["train"]["keep_last"] = max(raw["train"].get("keep_last") or 0, 8)
+        if self.scheduler.name in ("hyperband", "pbt") and isinstance(raw.get("train"), dict):
+            raw["train"]["commit_every"] = None  # at each evaluation, since trials are paused there
+        if self.scheduler.name == "pbt" and isinstance(raw.get("train"), dict):
+            raw["train"]["keep_last"] = max(raw["train"].get("keep_last") or 0, 8)  # others go on from older ones
         shown = ", ".join(f"{key}={_short(value)}" for key, value in parameters.items())
         return validated(raw, f"trial {index:04d} ({shown})")
 

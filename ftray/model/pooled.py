@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ftray.model import lowrank
 from ftray.model.lowrank import LowRank
+from ftray.model.trained import LowRankRows, Span, add_low_rank
 
 Key = Hashable
 """What an adapter is known by: its digest, a lane's number."""
@@ -209,13 +210,15 @@ Places = tuple[tuple[Any, int] | None, ...]
 @dataclass
 class Route:
     """Whose each token of a forward pass is. Plans are made once for each way in which layers hold the adapters, and
-    serve every step for which the batch stays as it is. A route is for passes with gradients or for those without."""
+    serve every step for which the batch stays as it is."""
 
     segments: tuple[tuple[Key | None, int], ...]
     """(adapter or None, tokens), in the order of the batch"""
     device: torch.device
     compiled: LowRank | None = None
     """What multiplies low ranks, in bf16 on a CPU and where nothing is trained; None: torch."""
+    generators: tuple[torch.Generator | None, ...] = ()
+    """Of each segment's dropout, while lanes are trained."""
     _products: dict[Places, Products | None] = field(default_factory=dict)
     _compiled: dict[Places, Products | None] = field(default_factory=dict)
     _rows: dict[Places, Rows | None] = field(default_factory=dict)
@@ -232,6 +235,16 @@ class Route:
 
     def rows(self, pools: Pools) -> Rows | None:
         return self._of(pools, self._rows, self._make_rows)
+
+    def trained(self, rows: Mapping[Key, LowRankRows]) -> list[Span]:
+        """The spans of lanes that train something at a layer."""
+        spans, start = [], 0
+        for i, (key, count) in enumerate(self.segments):
+            if key in rows:
+                generator = self.generators[i] if self.generators else None
+                spans.append(Span(rows[key], start, start + count, generator))
+            start += count
+        return spans
 
     def _of(self, pools: Pools, made: dict[Places, Any], make: Callable[[Places], Any]) -> Any:
         where = pools.where
@@ -281,8 +294,7 @@ class Route:
         blocks = sorted(tokens_of)
         first, count = blocks[0], blocks[-1] - blocks[0] + 1
         width = max(len(tokens) for tokens in tokens_of.values())
-        # A gradient that is 0 becomes NaN where it meets NaN: what is trained shall meet no block but its own.
-        sparse = count > (1 if torch.is_grad_enabled() else SPARSE) * len(blocks)
+        sparse = count > SPARSE * len(blocks)
         at = {block: i if sparse else block - first for i, block in enumerate(blocks)}
         chosen = self._tensor(blocks) if sparse else None
         tokens = [token for block in blocks for token in tokens_of[block]]
@@ -317,6 +329,10 @@ class Router:
 
     route: Route | None = None
 
+    def __init__(self) -> None:
+        self.anchor = torch.zeros((), requires_grad=True)
+        """What makes lanes' layers a part of the backward pass."""
+
 
 # ------------------------------------------------------------------------------------------------------------- layers
 
@@ -331,6 +347,8 @@ class PooledLinear(nn.Module):
         """By rank: down [C, r, in], up [C, r, out]."""
         self.gains, self.scales_in, self.scales_out = (Pools(dtype, device) for _ in range(3))
         """One vector each."""
+        self.trained: dict[Key, LowRankRows] = {}
+        """What lanes train here."""
 
     @property
     def inputs(self) -> int:
@@ -365,6 +383,7 @@ class PooledLinear(nn.Module):
                 pools.put(key, None, vector)
 
     def drop(self, key: Key) -> None:
+        self.trained.pop(key, None)
         for pools in self.pools():
             pools.drop(key)
 
@@ -385,6 +404,9 @@ class PooledLinear(nn.Module):
             out = rows.scale(self.gains, out, getattr(self.base, "bias", None))
         if rows := route.rows(self.scales_out):
             out = rows.scale(self.scales_out, out)
+        if self.trained and (spans := route.trained(self.trained)):
+            bias = getattr(self.base, "bias", None)
+            out = add_low_rank(self._router.anchor, x.flatten(0, -2), out, bias, spans)
         return out.view_as(y)
 
 

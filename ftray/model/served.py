@@ -78,7 +78,7 @@ class Base:
         self.model.eval()
         self.config = self.model.config.get_text_config()
         self.pooled = PooledModel(self.model)
-        self.row_norms = {path: _row_norms(layer.base) for path, layer in self.pooled.linears.items()}
+        self.row_norms = {path: row_norms(layer.base) for path, layer in self.pooled.linears.items()}
         """Squared norm of each row of a linear layer's weight, fp32 [out]. Taken here, because the first forward pass
         in evaluation mode lets bitsandbytes repack NF4 weights on some CPUs, after which none can be read."""
         with torch.no_grad():  # the repacking now, in one thread: two that come first together would both do it
@@ -118,7 +118,8 @@ class Base:
         return tensor.to(self.model.dtype).contiguous()
 
 
-def _row_norms(linear: Any) -> Tensor:
+def row_norms(linear: Any) -> Tensor:
+    """Squared norm of each row of a linear layer's weight, fp32 [out]. Not after a forward pass in evaluation mode."""
     weight = linear.weight
     if type(linear).__name__ == "Linear4bit":
         import bitsandbytes as bnb

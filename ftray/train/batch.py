@@ -127,3 +127,26 @@ def _padded(rows: Sequence[Row], pad_id: int) -> Batch:
         bare=None,
         real_tokens=sum(len(row.tokens) for row in rows),
     )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Packed micro-batches as one, their sequences laid end to end."""
+    if len(batches) == 1:
+        return batches[0]
+    assert all(batch.packed and batch.virtual is None and not batch.prefixed for batch in batches)
+    starts = np.cumsum([0, *(batch.tokens.shape[1] for batch in batches)])
+    lengths = torch.cat([batch.lengths for batch in batches])
+    packed = Packed.of(lengths.cpu())
+    device = batches[0].tokens.device
+    return Batch(
+        tokens=torch.cat([batch.tokens for batch in batches], 1),
+        positions=torch.cat([batch.positions for batch in batches], 1),
+        predictors=torch.cat([b.predictors + int(start) for b, start in zip(batches, starts, strict=False)]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        lengths=lengths,
+        packed=replace(packed, to_padded=packed.to_padded.to(device), to_packed=packed.to_packed.to(device)),
+        virtual=None,
+        prefixed=False,
+        bare=None,
+        real_tokens=sum(batch.real_tokens for batch in batches),
+    )

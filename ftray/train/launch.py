@@ -59,12 +59,9 @@ def train(
         data_uri = prepare(run, _until(stop, on_event, run.folder))
         _compile_on_nodes(run, on_event)
         _until(stop, on_event, run.folder)({"kind": "status", "text": f"starting {workers_in_words(run)}"})
-        with _tracked(run, on_event) as tracked:
-            summary = _fit(run, data_uri, tracked, stop, verbose, released)
-    summary["wall_seconds"] = time.perf_counter() - started
-    import orjson
-
-    write_text(join(run.folder, "summary.json"), orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
+        with tracked(run, on_event) as tell:
+            summary = _fit(run, data_uri, tell, stop, verbose, released)
+    write_summary(run, summary, time.perf_counter() - started)
     if summary["reason"] == "stopped":
         raise RunStopped(
             f"stopped at step {summary['steps']:,}, which is committed",
@@ -72,6 +69,14 @@ def train(
             hint="the same command goes on",
         )
     return summary
+
+
+def write_summary(run: Run, summary: dict[str, Any], seconds: float) -> None:
+    """RUN/summary.json, with the seconds that it took from the command on."""
+    import orjson
+
+    summary["wall_seconds"] = seconds
+    write_text(join(run.folder, "summary.json"), orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
 
 
 def preflight(run: Run) -> None:
@@ -411,7 +416,7 @@ def _relay(board: Any, on_event: Emit, stop: threading.Event, released: Callable
 
 
 @contextmanager
-def _tracked(run: Run, on_event: Emit) -> Iterator[Emit]:
+def tracked(run: Run, on_event: Emit) -> Iterator[Emit]:
     """`on_event` that also feeds the trackers of `run.logging`. A group of workers that starts again goes on in them
     from the step of its commit."""
     from ftray.train.sinks import Sinks

@@ -12,7 +12,11 @@ import contextlib
 import math
 import resource
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +28,7 @@ from ftray.data.order import Order, assign
 from ftray.data.prepared import PreparedData, Rows
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import RunError
-from ftray.model.load import elements, evaluating, load_base
+from ftray.model.load import elements, load_base
 from ftray.model.methods import attach
 from ftray.train import commits
 from ftray.train.artefact import pass_frozen, write_artefact
@@ -47,13 +51,43 @@ class Channel(Protocol):
     def stop_requested(self) -> bool: ...
 
 
-def train_worker(run: Run, data: PreparedData, world: World, channel: Channel, *, restarts: int = 0) -> dict[str, Any]:
+_HeldOut = tuple[float, int, dict[str, float]]
+"""Mean loss, target tokens, what else the objective tells."""
+
+
+@dataclass
+class Equipment:
+    """What the loop of a run works with: a model of its own, or a lane of one that many runs share."""
+
+    strategy: Strategy
+    objective: TargetLoss | PreferenceLoss
+    trained: int
+    """Parameters that are trained."""
+    parameters: int
+    unquantized: list[str]
+    """Linear layers that NF4 could not hold."""
+    lend: Callable[[], AbstractContextManager[Any]]
+    """The model with the method attached, to write the artefact with."""
+    base_losses: dict[Any, _HeldOut] = field(default_factory=dict)
+    """The base's own on held-out rows, found once by whoever comes first among those that share it …"""
+    base_lock: threading.Lock = field(default_factory=threading.Lock)
+    """… while it holds this."""
+
+
+Equip = Callable[[Run, World, int], Equipment]
+"""From a run and the number of its steps."""
+
+
+def train_worker(
+    run: Run, data: PreparedData, world: World, channel: Channel, *, restarts: int = 0, equip: Equip | None = None
+) -> dict[str, Any]:
     """Train as one worker of `world`, from the newest commit on; returns the summary (every worker the same one).
 
-    `restarts` is how often the group of workers was started again because one was lost. Raises RunError when too many
-    steps in a row had no finite loss, UserError for what the user can mend.
+    `restarts` is how often the group of workers was started again because one was lost. `equip` gives it its place on a
+    base that it shares; None: a model of its own. Raises RunError when too many steps in a row had no finite loss,
+    UserError for what the user can mend.
     """
-    worker = _Worker(run, data, world, channel)
+    worker = _Worker(run, data, world, channel, equip or _alone)
     worker.resume()
     if restarts:
         again = {1: "again", 2: "for the third time"}.get(restarts, f"for the {restarts + 1}th time")
@@ -62,10 +96,31 @@ def train_worker(run: Run, data: PreparedData, world: World, channel: Channel, *
     return worker.finish()
 
 
+def _alone(run: Run, world: World, steps: int) -> Equipment:
+    """A model of the run's own."""
+    base, unquantized = load_base(run, world.device, divided_weights(run, world))
+    model = attach(base, run, steps).train()  # transformers loads in evaluation mode
+    if run.train.gradient_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    objective: TargetLoss | PreferenceLoss = (
+        PreferenceLoss(run, model)
+        if run.objective.name == "dpo"
+        else TargetLoss(model, run.train.label_smoothing, run.train.neftune)
+    )
+    return Equipment(
+        strategy=choose(run, model, objective, world),
+        objective=objective,
+        trained=trained_count(model),
+        parameters=parameter_count(model),
+        unquantized=unquantized,
+        lend=lambda: contextlib.nullcontext(model),
+    )
+
+
 class _Worker:
     """One worker's state; `train` is the loop."""
 
-    def __init__(self, run: Run, data: PreparedData, world: World, channel: Channel) -> None:
+    def __init__(self, run: Run, data: PreparedData, world: World, channel: Channel, equip: Equip) -> None:
         self.run, self.data, self.world, self.channel = run, data, world, channel
         self.log: MetricsLog | None = None
         self._unlogged: list[dict[str, Any]] = []
@@ -75,22 +130,11 @@ class _Worker:
         self.found = commits.latest(run.folder, self.warn)
         if self.found:
             refuse_other_run(self.found.identity, self.identity, run.folder)
-        self._build()
-
-    def _build(self) -> None:
-        run, world, rows = self.run, self.world, self.data.train
-        base, self.unquantized = load_base(run, world.device, divided_weights(run, world))
+        rows = data.train
         self.order = Order(run.seed, rows.sizes, rows.weights)
         self.steps = run.total_steps(self.order.rows_per_epoch)
-        self.model = attach(base, run, self.steps).train()  # transformers loads in evaluation mode
-        if run.train.gradient_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False})
-        self.objective: TargetLoss | PreferenceLoss = (
-            PreferenceLoss(run, self.model)
-            if run.objective.name == "dpo"
-            else TargetLoss(self.model, run.train.label_smoothing, run.train.neftune)
-        )
-        self.strategy: Strategy = choose(run, self.model, self.objective, world)
+        self.equipment = equip(run, world, self.steps)
+        self.strategy, self.objective = self.equipment.strategy, self.equipment.objective
         self.state_memory: dict[str, int] = {}
         self.feed = Feed(
             rows,
@@ -128,9 +172,9 @@ class _Worker:
             batch_rows=self.run.train.batch_rows,
             workers=self.world.size,
             accumulation=-(-self.run.train.batch_rows // (self.world.size * self.run.train.micro_batch_rows)),
-            trainable_parameters=trained_count(self.model),
-            parameters=parameter_count(self.model),
-            unquantized=self.unquantized,
+            trainable_parameters=self.equipment.trained,
+            parameters=self.equipment.parameters,
+            unquantized=self.equipment.unquantized,
             device=str(self.world.device),
         )
         if self.resumed_from is not None:
@@ -251,18 +295,21 @@ class _Worker:
             seconds=time.perf_counter() - started,
         )
 
-    def _held_out_loss(self, rows: Rows) -> tuple[float, int, dict[str, float]]:
-        """(mean loss, target tokens, what else the objective tells)"""
+    def _held_out_loss(self, rows: Rows) -> _HeldOut:
         ids = np.arange(min(len(rows), self.run.train.evaluate_rows or len(rows)))
+        if self.progress.step > 0:
+            return self._measured(rows, ids, base=False)
+        known, key = self.equipment.base_losses, (self.data.digest, len(ids))
+        with self.equipment.base_lock:
+            if key not in known:
+                known[key] = self._measured(rows, ids, base=True)
+            return known[key]
+
+    def _measured(self, rows: Rows, ids: np.ndarray, base: bool) -> _HeldOut:
         micro = self.run.train.micro_batch_rows  # rows of like length together, whether padded or not
         mine = assign(ids, rows.lengths[ids], self.world.size, micro, padded=True)[self.world.rank]
-        total = 0.0
-        with evaluating(self.objective):
-            for few in mine:
-                batch = self.feed.collate([rows[int(i)] for i in few]).to(self.world.device)
-                if self.progress.step == 0 and batch.bare:
-                    batch = batch.bare
-                total += float(self.strategy.loss(batch))
+        batches = (self.feed.collate([rows[int(i)] for i in few]).to(self.world.device) for few in mine)
+        total = self.strategy.loss(batch.bare or batch if base else batch for batch in batches)
         total, *taken = self.world.sum(total, *self.objective.take())
         targets = int(rows.target_counts[ids].sum())
         if self.objective.per_row:
@@ -314,7 +361,8 @@ class _Worker:
                     self.warn("no evaluation was better than the base's; the artefact is of the last step")
                 trained = commits.read(commits.place_of(self.run.folder, step)).state.model
                 summary["artefact_step"] = step
-                summary["artefact"] = write_artefact(self.run, self.model, trained, frozen, self.data, summary)
+                with self.equipment.lend() as model:
+                    summary["artefact"] = write_artefact(self.run, model, trained, frozen, self.data, summary)
             else:
                 pass_frozen(self.run, frozen)
         self.emit(kind="end", reason=reason)
@@ -342,14 +390,14 @@ class _Worker:
             "best_loss": progress.best_loss,
             "best_step": progress.best_step,
             "last_training_loss": progress.last_loss,
-            "trainable_parameters": trained_count(self.model),
-            "parameters": parameter_count(self.model),
+            "trainable_parameters": self.equipment.trained,
+            "parameters": self.equipment.parameters,
             "target_tokens": progress.target_tokens,
             "target_tokens_per_second": progress.target_tokens / max(progress.train_seconds, 1e-9),
             "skipped_steps": progress.skipped,
             "peak_memory_gib": peak_memory_gib(self.world.device),
             "state_memory": self.world.gather(self.state_memory),
-            "unquantized": self.unquantized,
+            "unquantized": self.equipment.unquantized,
         }
 
     # ---------------------------------------------------------------------------------------------------------- small

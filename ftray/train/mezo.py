@@ -43,9 +43,9 @@ class MeZO(Replicated):
         distance = self.train.perturbation
         with evaluating(self.model):
             self._move(to=distance)
-            above = [self.loss(batch) for batch in batches]
+            above = [self.forward(batch) for batch in batches]
             self._move(back=distance, to=-distance)
-            below = [self.loss(batch) for batch in batches]
+            below = [self.forward(batch) for batch in batches]
         difference = sum(float(a) - float(b) for a, b in zip(above, below, strict=True))
         (difference,) = self.world.sum(difference)
         self.slope = difference / (2 * distance * divisor)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ftray.config import Run
 from ftray.model.adalora import rank_budget
-from ftray.model.load import largest_parameter
+from ftray.model.load import evaluating, largest_parameter
 from ftray.model.methods import load_trained_state, trained_state
 from ftray.train.batch import Batch
 from ftray.train.commits import Commit, State
@@ -25,9 +25,6 @@ from ftray.train.world import World
 
 class Strategy(Protocol):
     """Every method is called by all workers at the same point of the loop."""
-
-    model: Any
-    """The base with the method attached."""
 
     def gradients(self, batches: list[Batch], divisor: float, seeds: list[int]) -> list[Tensor]:
         """Gradients of the step's loss, which is the sum over all micro-batches and workers divided by `divisor`;
@@ -39,8 +36,8 @@ class Strategy(Protocol):
         Returns the gradient's norm before clipping, the same on every worker."""
         ...
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The loss of a micro-batch without gradients; the model is in evaluation mode."""
+    def loss(self, batches: Iterable[Batch]) -> float:
+        """The summed loss of micro-batches, without gradients and in evaluation mode."""
         ...
 
     def state(self) -> State | None:
@@ -95,7 +92,12 @@ class Replicated:
         self.model, self.objective, self.world = model, objective, world
         self.precision = run.train.precision
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batches: Iterable[Batch]) -> float:
+        with evaluating(self.objective):
+            return sum(float(self.forward(batch)) for batch in batches)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed loss of a micro-batch."""
         with autocast(self.precision, self.world):
             return self.objective(batch)
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ftray.config import Run
-from ftray.model.load import elements, shape
+from ftray.model.load import elements, evaluating, shape
 from ftray.model.methods import check_same
 from ftray.model.states import NVME_GROUP
 from ftray.train.batch import Batch, collate
@@ -191,8 +191,9 @@ class Zero:
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
 
-    def loss(self, batch: Batch) -> Tensor:
-        return self.computing(batch)
+    def loss(self, batches: Iterable[Batch]) -> float:
+        with evaluating(self.objective):
+            return sum(float(self.computing(batch)) for batch in batches)
 
     # -------------------------------------------------------------------------------------------------------- commits
 

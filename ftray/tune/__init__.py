@@ -1,1 +1,1 @@
-"""Searches on Ray Tune: from a space to trials, and from their results to the best run file."""
+"""Searches on Ray Tune, and many runs on one base."""

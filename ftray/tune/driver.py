@@ -23,7 +23,7 @@ from ftray.config.search import Search
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.manifest import filesystem, join, read_text, write_text
 from ftray.session import ray_session
-from ftray.train.identity import differences
+from ftray.train.identity import differences, identity
 from ftray.tune.ledger import Ledger, Trial
 from ftray.tune.outcome import outcome, shown
 from ftray.tune.plans import Kind, Planned, Plans
@@ -231,7 +231,23 @@ class Hunt:
             "failures": trial.failures,
             "ended": trial.state,
             "replay": json.dumps(trial.results),
+            "source": self._source(trial),
         }
+
+    def _source(self, trial: Trial) -> str | None:
+        """Where a trial must take its weights from that population based training changed, when the search was broken
+        off before it could."""
+        from ftray.train import commits
+
+        if trial.state != "open" or not trial.changes:
+            return None
+        run = self._planned[trial.index].run
+        committed = commits.newest_identity(run.folder) or {}
+        if not list(differences("", committed, identity(run, committed.get("data_digest", "")))):
+            return None
+        folder = self.spec.trial_folder(trial.changes[-1]["source"])
+        steps = commits.steps_of(folder)
+        return commits.place_of(folder, steps[-1]) if steps else None
 
     def finished(self, index: int, summary: dict[str, Any]) -> None:
         """Leave in the trial's folder what a run leaves."""

@@ -122,6 +122,10 @@ class Ordinary:
         steps = commits.steps_of(job.run.folder)
         return commits.place_of(job.run.folder, steps[-1]) if steps else ""
 
+    async def stop(self, trial: str) -> None:
+        """Have the run commit and end."""
+        self._job(trial).stop.set()
+
     async def leave(self, trial: str) -> None:
         """End the run between steps, without an artefact. Unknown names are ignored."""
         if job := self._jobs.pop(trial, None):

@@ -17,6 +17,7 @@ from ftray.manifest import digest_of, join, write_text
 from ftray.model.plan import make_plan
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
+from ftray.train.sharing import refusal, same_base
 
 Kind = Literal["lanes", "runs"]
 
@@ -64,8 +65,6 @@ class Plans:
     def _kind(self, run: Run) -> Kind:
         if self._search.lanes == "off":
             return "runs"
-        from ftray.train.lanes import refusal, same_base
-
         if refusal(run) is not None or not same_base(self._base or run, run):
             return "runs"
         self._base = self._base or run

@@ -25,7 +25,7 @@ class Interrupted(Exception):
 
 class Follower(Trainable):
     """`config`: index, parameters, kind (`lanes` or `runs`), steps, failures so far, the results that the ledger has
-    (replayed first), and how the trial ended if it has.
+    (replayed first), how the trial ended if it has, and a commit of another trial that it is to go on from.
 
     Each step of Tune's is an evaluation. The last one comes with the run's summary; a failure is a report too, so that
     the ledger has it before anything is tried again.
@@ -53,7 +53,7 @@ class Follower(Trainable):
         self._last: dict[str, Any] = {}
         self._seat: Any = None
         self._unreported: list[dict[str, Any]] | None = None
-        self._source: str | None = None
+        self._source: str | None = config["source"]
         self._lost = 0
 
     def step(self) -> dict[str, Any]:
@@ -77,6 +77,8 @@ class Follower(Trainable):
         while True:
             event = self._next_event()
             if event["kind"] == "end":
+                if event["summary"].get("reason") == "stopped":
+                    raise Interrupted
                 return self._last | {"summary": json.dumps(event["summary"]), "done": True}
             if event["step"] <= self._last.get("step", 0):  # the base's, or one that was told before
                 continue
@@ -136,8 +138,10 @@ class Follower(Trainable):
         """Whatever happened to the worker by now, older commits are whole."""
         if self._seat is not None:
             with suppress(RayError, FtrayError):
-                ray.get(self._seat.commit.remote(self._name))
-            ray.get(self._desk.leave.remote(self._name))
+                ray.get(self._seat.stop.remote(self._name))
+                while ray.get(self._seat.next.remote(self._name))["kind"] != "end":
+                    pass  # an evaluation in between is told when the search is taken up again
+            self._seat = None
 
     # ------------------------------------------------------------------------------- pauses, and weights from another
 
@@ -146,12 +150,16 @@ class Follower(Trainable):
             return {"trial": self._name, "commit": None}
         try:
             return {"trial": self._name, "commit": self._get(self._seat.commit.remote(self._name))}
-        except (Interrupted, RayError):
+        except (Interrupted, RayError, FtrayError):  # its older commits are where they are
             return {"trial": self._name, "commit": None}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Its own: the trial's folder has it anyway. Another's: population based training, once."""
-        if checkpoint and checkpoint["trial"] != self._name and checkpoint["commit"] != self._noted_source():
+        if (
+            checkpoint
+            and checkpoint["trial"] != self._name
+            and checkpoint["commit"] not in (None, self._noted_source())
+        ):
             self._source = checkpoint["commit"]
 
     def _source_file(self) -> str:

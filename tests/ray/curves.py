@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,14 @@ class Curves:
         folder.mkdir(parents=True, exist_ok=True)
         at = Path(source) if source else folder / "curve.json"
         step = json.loads(at.read_text())["step"] if at.exists() else 0
-        self.lanes[trial] = {"run": run, "step": step, "folder": folder, "pid": os.getpid()}
-        (folder.parent.parent / "pid").write_text(str(os.getpid()))
+        self.lanes[trial] = {"run": run, "step": step, "folder": folder}
 
     async def next(self, trial: str) -> dict[str, Any]:
         if trial not in self.lanes:
             raise RunError(f"no trial {trial} here")
         lane = self.lanes[trial]
+        if lane.get("stopped"):
+            return {"kind": "end", "summary": {"reason": "stopped"}}
         train, rank = lane["run"]["train"], lane["run"]["method"]["rank"]
         if lane["step"] >= train["steps"]:
             (lane["folder"] / "artefact").touch()
@@ -67,6 +67,9 @@ class Curves:
         file = lane["folder"] / "curve.json"
         file.write_text(json.dumps({"step": lane["step"]}))
         return str(file)
+
+    async def stop(self, trial: str) -> None:
+        self.lanes[trial]["stopped"] = True
 
     async def leave(self, trial: str) -> None:
         self.lanes.pop(trial, None)

@@ -4,8 +4,6 @@ circle nor left behind."""
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -102,10 +100,7 @@ def test_broken_off_and_taken_up_again(folder, scheduler):
 
     def kill(event):
         if event["kind"] == "trial_result":
-            if not killed:
-                killed.append(int((Path(spec.folder) / "pid").read_text()))
-                os.kill(killed[0], signal.SIGKILL)
-            elif len(killed) == 1 and (found := trial_actors()):
+            if found := processes(("ray::Curves", "ray::Follower")[len(killed)]) if len(killed) < 2 else []:
                 killed.append(found[0].pid)
                 found[0].kill()
 
@@ -125,9 +120,8 @@ def test_broken_off_and_taken_up_again(folder, scheduler):
     assert made(spec) == again
 
 
-def trial_actors() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if p.name().startswith("ray::_Inner") or "Follower" in p.name()]
+def processes(name: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith(name)]
 
 
 @pytest.mark.usefixtures("curves")

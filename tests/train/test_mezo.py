@@ -235,7 +235,7 @@ start = resident("VmRSS")
 model = llama(512, 8)
 mezo = MeZO(run, model, TargetLoss(model), World())
 with evaluating(model):
-    inference = peak_of(lambda: mezo.loss(batch))
+    inference = peak_of(lambda: mezo.forward(batch))
 tuning = peak_of(lambda: step(mezo))
 assert all(p.grad is None for p in model.parameters())
 plain = DataParallel(sgd, model, mezo.objective, World())

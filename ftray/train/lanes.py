@@ -1,0 +1,571 @@
+"""Many runs on one frozen base: each is a lane with its own rows, loss, gradients, clipping, optimizer and schedule.
+
+Every lane's loop is the loop of any run, on a thread of its own. Where it needs the model it asks, and one thread
+answers: micro-batches of all lanes go through the base laid end to end, as many tokens at once as there is memory for.
+A lane's gradient depends on its own tokens alone, so it follows the same run alone, within rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftray.config import Run
+from ftray.data.prepared import PreparedData
+from ftray.errors import ModelError
+from ftray.model.load import evaluating, load_base
+from ftray.model.methods import attach, check_same, trained_state
+from ftray.model.pooled import PooledModel, Route
+from ftray.model.served import row_norms
+from ftray.model.trained import LowRankRows
+from ftray.train.batch import Batch, joined
+from ftray.train.commits import Commit, State
+from ftray.train.loop import Channel, Equipment, parameter_count, train_worker, trained_count
+from ftray.train.loss import TargetLoss, losses, target_states
+from ftray.train.strategy import autocast
+from ftray.train.world import World
+
+PASS_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Tokens of one pass at most, if memory allows. Measured on two cores: more gains nothing."""
+_PATIENCE = 0.25
+"""Share of the last pass's time for which lanes that have asked wait for one that has not."""
+_LEAST_PATIENCE = 0.01
+
+
+class LaneEnded(BaseException):
+    """Unwinds the loop of a lane that was told to leave; no error of the run, so nothing may take it for one."""
+
+
+# --------------------------------------------------------------------------------------------------------------- asking
+
+
+@dataclass
+class _Gradients:
+    lane: Lane
+    batches: list[Batch]
+    divisor: float
+    seeds: list[int]
+
+
+@dataclass
+class _Losses:
+    lane: Lane
+    batches: list[Batch]
+
+
+@dataclass
+class _Ask:
+    """What a lane wants, and where it waits for it."""
+
+    what: _Gradients | _Losses | Callable[[], Any]
+    answer: Future[Any] = field(default_factory=Future)
+
+    @property
+    def joint(self) -> bool:
+        """Better answered together with others."""
+        return not callable(self.what)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One micro-batch in a joint pass."""
+
+    lane: Lane
+    batch: Batch
+    seed: int | None
+    weight: float
+    done: Callable[[Tensor], None]
+    """Takes the sum of its losses."""
+
+
+class Base:
+    """A frozen base, the thread that computes with it, and the lanes on it. Raises ModelError.
+
+    `pass_tokens`: tokens that go through the base at once, at most; a micro-batch that is longer goes alone.
+    """
+
+    def __init__(self, run: Run, world: World, pass_tokens: int | None = None) -> None:
+        self.run, self.world = run, world
+        self.pass_tokens = pass_tokens or PASS_TOKENS[world.device.type]
+        self.model, self.unquantized = load_base(run, world.device)
+        self.model.requires_grad_(False).train()
+        self._checkpointed(True)
+        self.pooled = PooledModel(self.model)
+        self.objective = TargetLoss(self.model)
+        self.lanes: dict[str, Lane] = {}
+        self.base_losses: dict[Any, Any] = {}
+        self.base_lock = threading.Lock()
+        self._norms: dict[str, Tensor] = {}
+        self._asks: list[_Ask] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._seconds = 0.0
+        self._thread = threading.Thread(target=self._serve, name="ftray-lanes", daemon=True)
+        self._thread.start()
+
+    # -------------------------------------------------------------------------------------------------- for the lanes
+
+    def equip(self, name: str, hold: Callable[[], None] | None) -> Callable[[Run, World, int], Equipment]:
+        """What `train_worker` takes for the lane `name`."""
+
+        def equipment(run: Run, _world: World, steps: int) -> Equipment:
+            lane = Lane(name, run, self, hold)
+
+            @contextmanager
+            def lend() -> Iterator[Any]:
+                with self._alone(), self._attached(run, steps) as model:
+                    yield model
+
+            def join() -> tuple[int, int]:
+                with self._attached(run, steps) as model:
+                    lane.take_from(model)
+                    return trained_count(model), parameter_count(model)
+
+            trained, parameters = self.do(join)
+            with self._changed:
+                self.lanes[name] = lane
+                self._changed.notify_all()
+            return Equipment(
+                lane, self.objective, trained, parameters, self.unquantized, lend, self.base_losses, self.base_lock
+            )
+
+        return equipment
+
+    def train(
+        self,
+        name: str,
+        run: Run,
+        data: PreparedData,
+        channel: Channel,
+        *,
+        restarts: int = 0,
+        hold: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        """The run as a lane, in this thread; returns its summary. `hold` is called before each step and may wait.
+        Raises as `train_worker` does, and LaneEnded when the base was closed or the lane expelled."""
+        try:
+            equip = self.equip(name, hold)
+            return train_worker(run, data, self.world, channel, restarts=restarts, equip=equip)
+        finally:
+            self._leave(name)
+
+    def expel(self, name: str) -> None:
+        """Have the lane end before its next step; unknown names are ignored."""
+        with self._changed:
+            if name in self.lanes:
+                self.lanes[name].expelled = True
+
+    def _leave(self, name: str) -> None:
+        with self._changed:
+            lane = self.lanes.pop(name, None)
+            self._changed.notify_all()
+        if lane is not None and not self._closing:
+            self.do(lane.drop)
+
+    def do(self, work: Callable[[], Any]) -> Any:
+        """Have the computing thread do `work`, with nothing else under way."""
+        return self._answered(_Ask(work))
+
+    def ask(self, what: _Gradients | _Losses) -> Any:
+        return self._answered(_Ask(what))
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _answered(self, ask: _Ask) -> Any:
+        with self._changed:
+            if self._closing:
+                raise LaneEnded
+            self._asks.append(ask)
+            self._changed.notify_all()
+        return ask.answer.result()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The computing thread stands still meanwhile."""
+        reached, go_on = threading.Event(), threading.Event()
+
+        def stand_still() -> None:
+            reached.set()
+            go_on.wait()
+
+        ask = _Ask(stand_still)
+        with self._changed:
+            self._asks.append(ask)
+            self._changed.notify_all()
+        reached.wait()
+        try:
+            yield
+        finally:
+            go_on.set()
+            ask.answer.result()
+
+    @contextmanager
+    def _attached(self, run: Run, steps: int) -> Iterator[Any]:
+        """PEFT's model of a run on this base, for its fresh weights, their names, and its artefact."""
+        for path, layer in self.pooled.linears.items():
+            self.model.set_submodule(path, layer.base)
+        self._checkpointed(False)
+        try:
+            yield attach(self.model, run, steps)
+        finally:
+            for path, layer in self.pooled.linears.items():
+                self.model.set_submodule(path, layer)
+            if hasattr(self.model, "peft_config"):
+                del self.model.peft_config
+            self.model.requires_grad_(False)
+            self._checkpointed(True)
+
+    def _checkpointed(self, on: bool) -> None:
+        """PEFT would hook into the embeddings of a base that recomputes."""
+        if self.run.train.gradient_checkpointing:
+            if on:
+                self.model.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                self.model.activation_checkpointing_disable()
+
+    def row_norms(self, path: str) -> Tensor:
+        """Squared norms of the rows of a linear layer's weight, fp32 [out]."""
+        if path not in self._norms:
+            self._norms[path] = row_norms(self.pooled.linears[path].base)
+        return self._norms[path]
+
+    # ------------------------------------------------------------------------------------------- the computing thread
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                asks = self._next()
+            if asks is None:
+                return
+            single = [ask for ask in asks if not ask.joint]
+            for ask in single:
+                _answer(ask, ask.what)  # type: ignore[arg-type]
+            if joint := [ask for ask in asks if ask.joint]:
+                self._together(joint)
+
+    def _next(self) -> list[_Ask] | None:
+        """What to do next: work for one lane at once; passes for many when all have asked or were waited for."""
+        waiting_since: float | None = None
+        while True:
+            if single := [ask for ask in self._asks if not ask.joint]:
+                self._asks = [ask for ask in self._asks if ask.joint]
+                return single
+            if self._closing:
+                for ask in self._asks:
+                    ask.answer.set_exception(LaneEnded())
+                self._asks = []
+                return None
+            if not self._asks:
+                self._changed.wait()
+                continue
+            now = time.monotonic()
+            waiting_since = waiting_since or now
+            left = waiting_since + max(_LEAST_PATIENCE, _PATIENCE * self._seconds) - now
+            expected = sum(not lane.away for lane in self.lanes.values())
+            if len(self._asks) >= expected or left <= 0:
+                asks, self._asks = self._asks, []
+                return asks
+            self._changed.wait(left)
+
+    def _together(self, asks: list[_Ask]) -> None:
+        """Answer gradients and losses of many lanes. An error that is no lane's own reaches all of them."""
+        sums: dict[int, list[Tensor]] = {id(ask): [] for ask in asks}
+        trained: list[_Part] = []
+        measured: list[_Part] = []
+        for ask in asks:
+            what, done = ask.what, sums[id(ask)].append
+            if isinstance(what, _Gradients):
+                each = zip(what.batches, what.seeds, strict=True)
+                trained += [_Part(what.lane, batch, seed, 1 / what.divisor, done) for batch, seed in each]
+            else:
+                assert isinstance(what, _Losses)
+                measured += [_Part(what.lane, batch, None, 0.0, done) for batch in what.batches]
+        try:
+            self._refresh_gains({id(part.lane): part.lane for part in (*trained, *measured)}.values())
+            if measured:
+                with evaluating(self.objective):
+                    for parts in self._passes(measured):
+                        self._pass(parts)
+            if trained:
+                started = time.monotonic()
+                for parts in self._passes(trained):
+                    self._pass(parts)
+                self._seconds = time.monotonic() - started
+        except Exception as error:  # noqa: BLE001 - each lane's thread raises it again
+            for ask in asks:
+                ask.answer.set_exception(error)
+            return
+        for ask in asks:
+            ask.answer.set_result(sums[id(ask)])
+
+    def _passes(self, parts: list[_Part]) -> Iterator[list[_Part]]:
+        """Parts that go through the base together."""
+        chosen: list[_Part] = []
+        tokens = 0
+        for part in parts:
+            if chosen and tokens + part.batch.tokens.numel() > self.pass_tokens:
+                yield chosen
+                chosen, tokens = [], 0
+            chosen.append(part)
+            tokens += part.batch.tokens.numel()
+        yield chosen
+
+    def _pass(self, parts: list[_Part]) -> None:
+        batch = joined([part.batch for part in parts])
+        counts = [len(part.batch.labels) for part in parts]
+        generators = [part.lane.generator(part.seed) for part in parts]
+        segments = tuple((part.lane.name, part.batch.tokens.numel()) for part in parts)
+        route = Route(segments, self.world.device, generators=tuple(generators))
+        smoothing = self._by_target([part.lane.smoothing for part in parts], counts) if self.model.training else 0.0
+        with self.pooled.routed(route):
+            with autocast(self.run.train.precision, self.world):
+                each = losses(self.model, target_states(self.model, batch), batch.labels, smoothing)
+            if self.model.training:
+                weights = torch.tensor([part.weight for part in parts])
+                counted = weights.repeat_interleave(torch.tensor(counts)).to(each.device)
+                each.backward(counted)  # inside: recomputed blocks follow the route too
+        for part, own in zip(parts, each.detach().split(counts), strict=True):
+            part.done(own.sum())
+
+    def _by_target(self, values: list[float], counts: list[int]) -> float | Tensor:
+        if not any(values):
+            return 0.0
+        return torch.tensor(values).repeat_interleave(torch.tensor(counts))[:, None].to(self.world.device)
+
+    @torch.no_grad()
+    def _refresh_gains(self, lanes: Iterable[Lane]) -> None:
+        """DoRA's gains after the weights have moved: one look at each layer of the base for all lanes.
+
+        ‖W + sBA‖² by rows is ‖W‖² + 2 s B·(A Wᵀ) + s² B (A Aᵀ) Bᵀ, and A Wᵀ the layer's own output for A's rows.
+        """
+        moved = [lane for lane in lanes if lane.moved and lane.magnitudes]
+        for path in dict.fromkeys(path for lane in moved for path in lane.magnitudes):
+            own = [lane for lane in moved if path in lane.magnitudes]
+            linear = self.pooled.linears[path].base
+            downs = [lane.rows[path].down for lane in own]
+            image = linear(torch.cat(downs).to(self.model.dtype)).float()
+            if (bias := getattr(linear, "bias", None)) is not None:
+                image = image - bias.float()
+            for lane, part in zip(own, image.split([len(down) for down in downs]), strict=True):
+                rows = lane.rows[path]
+                up, down = rows.scale * rows.up, rows.down
+                squared = self.row_norms(path) + 2 * (up.T * part).sum(0) + ((up @ (down @ down.T)) * up).sum(1)
+                norms = squared.clamp_min(1e-12).sqrt()
+                assert rows.gain is not None
+                torch.div(lane.magnitudes[path], norms, out=rows.gain)
+                lane.norms[path] = norms
+        for lane in moved:
+            lane.moved = False
+
+
+def _answer(ask: _Ask, work: Callable[[], Any]) -> None:
+    try:
+        ask.answer.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
+        ask.answer.set_exception(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------- lanes
+
+_LOW_RANK_NAME = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<part>A|B|magnitude_vector)\.default\.weight$")
+
+
+class Lane:
+    """A run's place on the base: the strategy (`ftray.train.strategy.Strategy`) of its loop.
+
+    What is trained lies in two flat tensors, matrices and magnitudes, and so do gradients and the optimizer's states;
+    commits hold them under the names that they have in a model of the run's own.
+    """
+
+    def __init__(self, name: str, run: Run, base: Base, hold: Callable[[], None] | None = None) -> None:
+        self.name, self.run, self.base, self.hold = name, run, base, hold
+        self.smoothing = run.train.label_smoothing
+        self.away = False
+        """It waits for something else than the base."""
+        self.expelled = False
+        self.rows: dict[str, LowRankRows] = {}
+        self.magnitudes: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
+        self.gain_grads: dict[str, Tensor] = {}
+        self.moved = True
+        """Gains are those of older weights."""
+
+    def take_from(self, model: Any) -> None:
+        """Hold the weights of PEFT's model of the run, and stand beside the base's layers."""
+        state = trained_state(model)
+        found = {name: _LOW_RANK_NAME.match(name) for name in state}
+        if odd := [name for name, match in found.items() if not match]:
+            raise ModelError(f"a lane cannot train {odd[0]}")
+        ordered = sorted(state, key=lambda name: state[name].dim() < 2)  # stable: matrices first
+        self.names, self.shapes = ordered, {name: state[name].shape for name in ordered}
+        matrices = [name for name in ordered if state[name].dim() >= 2]
+        vectors = ordered[len(matrices) :]
+        self.flats = [
+            nn.Parameter(torch.cat([state[name].float().flatten() for name in names]).to(self.base.world.device))
+            for names in (matrices, vectors)
+            if names
+        ]
+        for flat in self.flats:
+            flat.grad = torch.zeros_like(flat)
+        decays = (self.run.train.weight_decay, 0.0)
+        train = self.run.train
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [flat], "weight_decay": decay} for flat, decay in zip(self.flats, decays, strict=False)],
+            lr=train.learning_rate,
+            betas=train.betas,
+            eps=train.epsilon,
+            fused=True,
+        )
+        values = self._views([flat.detach() for flat in self.flats])
+        grads = self._views([flat.grad for flat in self.flats])  # type: ignore[misc]
+        parts: dict[str, dict[str, str]] = {}
+        for name, match in found.items():
+            assert match
+            parts.setdefault(match["path"], {})[match["part"]] = name
+        for path, names in parts.items():
+            layer = model.base_model.model.get_submodule(path)
+            rows = LowRankRows(
+                down=values[names["A"]],
+                up=values[names["B"]],
+                down_grad=grads[names["A"]],
+                up_grad=grads[names["B"]],
+                scale=layer.scaling["default"],
+                dropout=self.run.method.dropout,  # type: ignore[union-attr]
+            )
+            if "magnitude_vector" in names:
+                self.magnitudes[path] = values[names["magnitude_vector"]]
+                rows.gain = torch.empty_like(self.magnitudes[path])
+                rows.gain_grad = grads[names["magnitude_vector"]]  # by the gain; `update` makes it the magnitude's
+            self.rows[path] = rows
+            self.base.pooled.linears[path].trained[self.name] = rows
+
+    def _views(self, flats: list[Tensor]) -> dict[str, Tensor]:
+        """Of flat tensors, by name."""
+        views: dict[str, Tensor] = {}
+        which, start = 0, 0
+        for name in self.names:
+            shape = self.shapes[name]
+            if start == len(flats[which]):
+                which, start = which + 1, 0
+            views[name] = flats[which][start : start + shape.numel()].view(shape)
+            start += shape.numel()
+        return views
+
+    def drop(self) -> None:
+        for path in self.rows:
+            self.base.pooled.linears[path].drop(self.name)
+
+    def generator(self, seed: int | None) -> torch.Generator | None:
+        """Of a micro-batch's dropout: what `torch.manual_seed` would be to the run alone."""
+        if seed is None or not self.run.method.dropout:  # type: ignore[union-attr]
+            return None
+        return torch.Generator(self.base.world.device).manual_seed(seed)
+
+    # ------------------------------------------------------------------------------------------------------- the loop's
+
+    def gradients(self, batches: list[Batch], divisor: float, seeds: list[int]) -> list[Tensor]:
+        if self.hold is not None:
+            with self._waiting():
+                self.hold()
+        if self.expelled:
+            raise LaneEnded
+        return self.base.ask(_Gradients(self, batches, divisor, seeds))
+
+    def loss(self, batches: Iterable[Batch]) -> float:
+        if self.expelled:
+            raise LaneEnded
+        return sum(map(float, self.base.ask(_Losses(self, list(batches)))))
+
+    def update(self, rate: float, apply: bool) -> float:
+        return self.base.do(lambda: self._update(rate, apply))
+
+    @torch.no_grad()
+    def _update(self, rate: float, apply: bool) -> float:
+        for path, norms in self.norms.items():
+            grad = self.rows[path].gain_grad
+            assert grad is not None
+            grad /= norms
+        norm = float(nn.utils.clip_grad_norm_(self.flats, self.run.train.clip_norm or math.inf))
+        if apply and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.moved = True
+        for flat in self.flats:
+            assert flat.grad is not None
+            flat.grad.zero_()
+        return norm
+
+    def state(self) -> State:
+        return self.base.do(self._state)
+
+    def _state(self) -> State:
+        model = {name: view.clone() for name, view in self._views([flat.detach() for flat in self.flats]).items()}
+        optimizer: dict[str, Tensor] = {}
+        states = [self.optimizer.state.get(flat, {}) for flat in self.flats]
+        if any(states):
+            for key in ("exp_avg", "exp_avg_sq"):
+                views = self._views([state[key] for state in states])
+                optimizer |= {f"{name}/{key}": view.clone() for name, view in views.items()}
+            optimizer |= {f"{name}/step": states[0]["step"].clone() for name in self.names}
+        return State({name: model[name] for name in self.names}, optimizer)
+
+    def load(self, commit: Commit) -> None:
+        self.base.do(lambda: self._load(commit.state.model, commit.state.optimizer))
+
+    @torch.no_grad()
+    def _load(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        check_same(model, dict(self.shapes))
+        for name, view in self._views([flat.detach() for flat in self.flats]).items():
+            view.copy_(model[name])
+        if optimizer:
+            for flat in self.flats:
+                step = optimizer[f"{self.names[0]}/step"].clone()
+                self.optimizer.state[flat] = {
+                    "step": step.to(flat.device),
+                    "exp_avg": torch.zeros_like(flat),
+                    "exp_avg_sq": torch.zeros_like(flat),
+                }
+            for key in ("exp_avg", "exp_avg_sq"):
+                for name, view in self._views([self.optimizer.state[flat][key] for flat in self.flats]).items():
+                    view.copy_(optimizer[f"{name}/{key}"])
+        self.moved = True
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def held(self) -> dict[str, int]:
+        """The lane's own; the base is shared."""
+        weights = sum(flat.nbytes for flat in self.flats)
+        states = sum(t.nbytes for state in self.optimizer.state.values() for t in state.values())
+        return {"weights": weights, "masters": 0, "states": states, "gradients": weights, "buffers": 0, "nvme": 0}
+
+    def close(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Others need not wait for this lane meanwhile."""
+        with self.base._changed:
+            self.away = True
+            self.base._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self.base._changed:
+                self.away = False

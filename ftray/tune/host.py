@@ -1,0 +1,258 @@
+"""A Ray actor that holds one base, and runs as lanes of it. A run that joins goes on from its own commits, so whoever
+started it may start it again elsewhere when this process dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+import traceback
+from collections import deque
+from typing import Any
+
+from ftray.config import Run
+from ftray.errors import ConfigError, FtrayError, RunError
+
+_LEAVE_SECONDS = 0.1
+
+
+class _Guest:
+    """One run here: the channel of its loop, and what is told to those who wait for it."""
+
+    def __init__(self, name: str, run: Run, waits: bool, loop: asyncio.AbstractEventLoop) -> None:
+        self.name, self.run, self.waits = name, run, waits
+        self.events: deque[dict[str, Any]] = deque()
+        """All that happened and was not asked for yet."""
+        self._told: asyncio.Queue[dict[str, Any] | BaseException] = asyncio.Queue()
+        self._loop = loop
+        self._pending: dict[str, Any] | None = None
+        self._go_on: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._stands = threading.Event()
+        self.stop = False
+        self.ended = asyncio.Event()
+        """Its thread does no more, so that the run may go on elsewhere."""
+
+    # on the lane's thread
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        if event["kind"] == "evaluation":
+            self._pending = event
+
+    def stop_requested(self) -> bool:
+        return self.stop
+
+    def before_step(self) -> None:
+        """Tell the last evaluation, now that what belongs to it is committed, and wait if this run does."""
+        if self._pending is None:
+            return
+        event, self._pending = self._pending, None
+        if not self.waits or self.stop:
+            self._tell(event)
+            return
+        self._stands.set()
+        self._tell(event)
+        self._go_on.get()
+
+    def end(self, outcome: dict[str, Any] | BaseException) -> None:
+        if self._pending is not None:
+            self._tell(self._pending)
+        self._tell(outcome)
+        self._loop.call_soon_threadsafe(self.ended.set)
+
+    def _tell(self, what: dict[str, Any] | BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._told.put_nowait, what)
+
+    # on the actor's event loop
+
+    def release(self) -> None:
+        if self._stands.is_set():
+            self._stands.clear()
+            self._go_on.put(None)
+
+    async def next(self) -> dict[str, Any]:
+        self.release()
+        told = await self._told.get()
+        if isinstance(told, BaseException):
+            self._told.put_nowait(told)  # whoever asks again hears it again
+            raise told
+        if told["kind"] == "end":
+            self._told.put_nowait(told)
+        return told
+
+
+class Host:
+    """The actor. Its base is that of the first run that joins."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, threads))
+        self._lock = threading.Lock()
+        self._base: Any = None
+        self._room = 0
+        self._guests: dict[str, _Guest] = {}
+
+    async def join(
+        self, trial: str, run: dict[str, Any], *, waits: bool, source: str | None = None, restarts: int = 0
+    ) -> None:
+        """A lane for this resolved run; it goes on from the commit in the run's folder if there is one. After each
+        evaluation it stands still until `next` is called again, if it `waits`. `source`: a commit's folder to take
+        weights and optimizer from, in place of the run's own. `restarts`: how often a host of this run was lost.
+        Raises FtrayError."""
+        parsed, loop = Run.model_validate(run), asyncio.get_running_loop()
+        if trial in self._guests:
+            raise RunError(f"{trial} is here already")
+        guest = self._guests[trial] = _Guest(trial, parsed, waits, loop)
+        try:
+            data = await asyncio.to_thread(self._prepare, guest, source)
+        except BaseException:
+            del self._guests[trial]
+            raise
+        threading.Thread(target=self._run, args=(guest, data, restarts), name=f"ftray-{trial}", daemon=True).start()
+
+    async def next(self, trial: str) -> dict[str, Any]:
+        """The lane's next event of kind "evaluation", or "end" with its "summary". Raises the lane's own error."""
+        return await self._guest(trial).next()
+
+    async def events(self, trial: str) -> list[dict[str, Any]]:
+        """All that the lane has told since the last call."""
+        taken, guest = [], self._guest(trial)
+        while guest.events:
+            taken.append(guest.events.popleft())
+        return taken
+
+    async def commit(self, trial: str) -> str:
+        """The folder of the lane's newest commit; a lane that stands still has one of where it stands."""
+        from ftray.train import commits
+
+        folder = self._guest(trial).run.folder
+        steps = await asyncio.to_thread(commits.steps_of, folder)
+        if not steps:
+            raise RunError("no commit yet", where=folder)
+        return commits.place_of(folder, steps[-1])
+
+    async def stop(self, trial: str) -> None:
+        """Have the lane commit and end."""
+        guest = self._guest(trial)
+        guest.stop = True
+        guest.release()
+
+    async def leave(self, trial: str) -> None:
+        """End the lane between steps, without a commit or an artefact, and answer once it has ended; unknown names are
+        ignored."""
+        guest = self._guests.pop(trial, None)
+        while guest is not None and self._base is not None and not guest.ended.is_set():
+            self._base.expel(trial)  # again and again: a lane that has just joined is not known there yet
+            guest.release()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(guest.ended.wait(), _LEAVE_SECONDS)
+
+    async def load(self) -> dict[str, int]:
+        """{"lanes": runs here, "room": how many more the memory plan admits}; before the first run the room is 1."""
+        lanes = len(self._guests)
+        return {"lanes": lanes, "room": max(0, (self._room or 1) - lanes)}
+
+    def _guest(self, trial: str) -> _Guest:
+        if trial not in self._guests:
+            raise RunError(f"no run {trial} is here")
+        return self._guests[trial]
+
+    def _prepare(self, guest: _Guest, source: str | None) -> Any:
+        """On a thread: the rows, the base, the commit to begin from; one run at a time."""
+        from ftray.data.prepare import prepare
+        from ftray.data.prepared import PreparedData
+        from ftray.manifest import join, write_text
+        from ftray.train.sharing import difference, refusal
+
+        run = guest.run
+        if reason := refusal(run):
+            raise ConfigError(f"this run cannot share a base with others: {reason}", where=run.name)
+        with self._lock:
+            data = PreparedData.open(prepare(run, guest.emit))
+            if source is None:
+                self._check_commits(run, data.digest)
+            write_text(join(run.folder, "run.yaml"), run.to_yaml())
+            if source is not None:
+                adopt(run, data.digest, source)
+            if self._base is None:
+                self._open(run)
+            elif key := difference(run, self._base.run):
+                raise ConfigError(f"this run needs another base than {self._base.run.name}: {key} differs")
+        return data
+
+    def _check_commits(self, run: Run, digest: str) -> None:
+        from ftray.train import commits
+        from ftray.train.identity import identity, refuse_other_run
+
+        if committed := commits.newest_identity(run.folder):
+            refuse_other_run(committed, identity(run, digest), run.folder)
+
+    def _open(self, run: Run) -> None:
+        from ftray.model.room import room
+        from ftray.model.source import find_shapes
+        from ftray.train.lanes import PASS_TOKENS, Base
+        from ftray.train.world import World
+
+        device = _device()
+        limit = run.workers.gpu_memory_gib
+        memory = int(limit * 2**30) if limit else _memory(device)
+        found = room(run, find_shapes(run.model)[0], memory, PASS_TOKENS[device.type])
+        self._base, self._room = Base(run, World(device=device), found.tokens), found.lanes
+
+    def _run(self, guest: _Guest, data: Any, restarts: int) -> None:
+        """On the lane's own thread."""
+        from ftray.train.lanes import LaneEnded
+
+        try:
+            summary = self._base.train(guest.name, guest.run, data, guest, restarts=restarts, hold=guest.before_step)
+        except LaneEnded:
+            guest.end(RunError("the lane left"))
+        except FtrayError as error:
+            guest.end(error)
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits for this lane, and to nobody else
+            guest.end(RunError(f"the lane failed: {error}\n\n{traceback.format_exc()}"))
+        else:
+            guest.end({"kind": "end", "summary": summary})
+
+
+def adopt(run: Run, digest: str, source: str) -> None:
+    """Make a commit of another run the one that `run` goes on from (population based training): its weights, optimizer
+    and position, under this run's settings."""
+    from ftray.manifest import filesystem, join
+    from ftray.train import commits
+    from ftray.train.identity import identity
+
+    commit = commits.read(source)
+    commit.identity = identity(run, digest)
+    commit.progress.finished = None
+    fs, path = filesystem(join(run.folder, "metrics.jsonl"))
+    commit.progress.metrics_bytes = fs.size(path) if fs.exists(path) else 0
+    for step in commits.steps_of(run.folder):
+        if step > commit.progress.step:
+            fs.rm(filesystem(commits.place_of(run.folder, step))[1], recursive=True)
+    commits.write(run.folder, commit)
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _memory(device: Any) -> int:
+    """Bytes that a base and its lanes may have: of the GPU, or what this machine has free now."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def threads() -> int:
+    """Of a host that has the machine to itself."""
+    return os.cpu_count() or 1
