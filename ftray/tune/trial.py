@@ -53,7 +53,7 @@ class Follower(Trainable):
         self._last: dict[str, Any] = {}
         self._seat: Any = None
         self._unreported: list[dict[str, Any]] | None = None
-        self._source: str | None = config["source"]
+        self._source = self._unless_taken(config["source"])
         self._lost = 0
 
     def step(self) -> dict[str, Any]:
@@ -155,21 +155,18 @@ class Follower(Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Its own: the trial's folder has it anyway. Another's: population based training, once."""
-        if (
-            checkpoint
-            and checkpoint["trial"] != self._name
-            and checkpoint["commit"] not in (None, self._noted_source())
-        ):
-            self._source = checkpoint["commit"]
+        if checkpoint and checkpoint["trial"] != self._name:
+            self._source = self._unless_taken(checkpoint["commit"])
 
     def _source_file(self) -> str:
         return f"{self._search.trial_folder(self._index)}/source.json"
 
-    def _noted_source(self) -> str | None:
+    def _unless_taken(self, commit: str | None) -> str | None:
         try:
-            return json.loads(read_text(self._source_file()))["commit"]
+            taken = json.loads(read_text(self._source_file()))["commit"]
         except (FileNotFoundError, ValueError):
-            return None
+            taken = None
+        return commit if commit != taken else None
 
     def _note_source(self) -> None:
         if self._source is not None:

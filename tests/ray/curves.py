@@ -75,7 +75,7 @@ class Curves:
         self.lanes.pop(trial, None)
 
     async def load(self) -> dict[str, int]:
-        return {"lanes": len(self.lanes), "room": 4 - len(self.lanes)}
+        return {"lanes": len(self.lanes), "room": 2 - len(self.lanes)}
 
 
 if __name__ == "__main__":

@@ -82,10 +82,9 @@ def test_failures_are_tried_again_then_set_aside_and_the_search_goes_on(folder):
 
 
 @pytest.mark.usefixtures("curves")
-@pytest.mark.parametrize("scheduler", ["fifo", "{name: asha, grace: 5, reduction: 2}"])
-def test_broken_off_and_taken_up_again(folder, scheduler):
-    """Ctrl-C twice; in between the worker and a trial's actor are killed."""
-    spec = a_search(folder, f"broken-{scheduler[1:4]}", scheduler=yaml.safe_load(scheduler), samples=8)
+def test_broken_off_and_taken_up_again(folder):
+    """Ctrl-C twice; then the worker and a trial's actor are killed."""
+    spec = a_search(folder, "broken", scheduler={"name": "asha", "grace": 5, "reduction": 2}, samples=8)
     for results in (5, 12):
         stop, seen = threading.Event(), []
 
@@ -99,10 +98,10 @@ def test_broken_off_and_taken_up_again(folder, scheduler):
     killed = []
 
     def kill(event):
-        if event["kind"] == "trial_result":
-            if found := processes(("ray::Curves", "ray::Follower")[len(killed)]) if len(killed) < 2 else []:
-                killed.append(found[0].pid)
-                found[0].kill()
+        if event["kind"] == "trial_result" and len(killed) < 2:
+            victim = processes(("ray::Curves", "ray::Follower")[len(killed)])[0]
+            killed.append(victim.pid)
+            victim.kill()
 
     found = go(spec, kill)
     assert len(killed) == 2
@@ -110,10 +109,7 @@ def test_broken_off_and_taken_up_again(folder, scheduler):
     for index, curve in enumerate(curves_of(spec)):
         assert curve == expected(spec, index)[: len(curve)], "a trial's curve is a function of its parameters alone"
         assert len(curve) == 8 or Ledger(spec.folder).trials[index].state == "stopped"
-    if scheduler == "fifo":
-        assert found["finished"] == 8
-    else:
-        assert found["stopped"] >= 2
+    assert found["stopped"] >= 2
     again = made(spec)
     assert max(again.values()) == 1, "no step was trained twice: all kills fell on committed steps"
     go(spec)
@@ -128,7 +124,6 @@ def processes(name: str) -> list[psutil.Process]:
 def test_the_other_samplers_and_schedulers_come_to_an_end(folder):
     for name, keys in {
         "tpe-hyperband": {"sampler": "optuna", "scheduler": {"name": "hyperband", "max_steps": 40}, "samples": 7},
-        "median": {"scheduler": {"name": "median", "trials": 2}, "samples": 7, "concurrency": 2},
         "pbt": {"scheduler": {"name": "pbt", "interval": 10}, "samples": 4, "metric": "loss"},
         "two": {"sampler": {"name": "optuna", "startup": 2}, "metric": ["loss", "trained"]},
     }.items():
@@ -147,7 +142,7 @@ def test_the_other_samplers_and_schedulers_come_to_an_end(folder):
 def test_a_budget_ends_the_search_and_a_larger_one_goes_on(folder):
     found = go(a_search(folder, "budget", budget={"steps": 60}))
     assert found["reason"] == "budget"
-    assert 60 <= found["steps"] < 60 + 4 * 5 + 1
+    assert 60 <= found["steps"] <= 60 + 2 * 5
     found = go(a_search(folder, "budget"))
     assert (found["reason"], found["finished"], found["steps"]) == ("finished", 6, 6 * 40)
     assert max(made(a_search(folder, "budget")).values()) == 1
