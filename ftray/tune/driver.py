@@ -38,6 +38,7 @@ _TRIES = 32
 """Samples of a space that are checked before a search with Optuna starts."""
 _RESTARTS = 8
 """Times that a worker which holds a base is started again."""
+_FREED_SECONDS = 3.0
 _ROOM_SECONDS = 1.0
 """How long an answer about room in memory holds."""
 
@@ -57,6 +58,8 @@ def search(spec: Search, *, on_event: Emit, stop: threading.Event, verbose: bool
         if not hunt.is_over():
             hunt.prepare_ahead()
             _tune(hunt, verbose)
+    found = outcome(spec, ledger, budget_spent=hunt.budget_spent())
+    write_text(join(spec.folder, "outcome.json"), json.dumps(found, indent=1) + "\n")
     if stop.is_set() and not hunt.is_over():
         raise RunStopped(
             f"stopped with {sum(t.state != 'open' for t in ledger.trials)} of {hunt.total} trials at their end;"
@@ -64,8 +67,6 @@ def search(spec: Search, *, on_event: Emit, stop: threading.Event, verbose: bool
             where=spec.folder,
             hint="the same command goes on",
         )
-    found = outcome(spec, ledger, budget_spent=hunt.budget_spent())
-    write_text(join(spec.folder, "outcome.json"), json.dumps(found, indent=1) + "\n")
     if found["best"] is None:
         errors = [t.error for t in ledger.trials if t.error]
         raise RunError(
@@ -222,6 +223,8 @@ class Hunt:
             planned = self._planned[trial.index]
             self.plans.prepare(planned.run)
             steps, kind = self.plans.steps(planned.run), "runs" if self.runs_alone else planned.kind
+            if trial.steps is None:
+                self.ledger.write("begin", index=trial.index, steps=steps)
             self.on_event({"kind": "trial_started", "index": trial.index, "steps": steps, "step": trial.step})
         return {
             "index": trial.index,
@@ -329,8 +332,8 @@ def _seats(hunt: Hunt, verbose: bool) -> Iterator[Any]:
 
     from ftray.tune.desk import Desk
 
-    cluster, seats = ray.cluster_resources(), dict[str, list[Any]]()
-    free = {"CPU": cluster.get("CPU", 1) - spare_cpus(hunt.spec), "GPU": cluster.get("GPU", 0)}
+    seats, free = dict[str, list[Any]](), _free()
+    free["CPU"] -= spare_cpus(hunt.spec)
     for_runs, for_lanes = _shares(hunt, free)
     try:
         if for_runs:
@@ -345,6 +348,19 @@ def _seats(hunt: Hunt, verbose: bool) -> Iterator[Any]:
     finally:
         for handle in (handle for handles in seats.values() for handle in handles):
             ray.kill(handle)
+
+
+def _free() -> dict[str, float]:
+    """CPUs and GPUs that no other job holds. Those of work that has just ended come back within moments."""
+    import ray
+
+    end = time.monotonic() + _FREED_SECONDS
+    while True:
+        cluster, free = ray.cluster_resources(), ray.available_resources()
+        found = {name: free.get(name, 0.0) for name in ("CPU", "GPU")}
+        if time.monotonic() > end or all(found[name] >= cluster.get(name, 0.0) for name in found):
+            return found
+        time.sleep(0.1)
 
 
 def _shares(hunt: Hunt, free: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:

@@ -3,6 +3,7 @@
 A search that is taken up again reads nothing else. A line that a crash cut off never counted.
 
     {"kind": "trial", "index": 7, "parameters": {…}}             it was proposed
+    {"kind": "begin", "index": 7, "steps": 250}                  its rows are prepared, and so its steps are known
     {"kind": "result", "index": 7, "step": 50, "loss": 1.2, …}   an evaluation
     {"kind": "stop", "index": 7, "step": 50}                     the scheduler ended it there
     {"kind": "change", "index": 7, "parameters": {…}, …}         population based training changed it
@@ -36,6 +37,8 @@ class Trial:
     parameters: dict[str, Any]
     planned: dict[str, float] = field(default_factory=dict)
     """What the memory plan says: `memory` (GiB), `trained` (parameters)."""
+    steps: int | None = None
+    """Of the whole run, once it was begun."""
     results: list[dict[str, Any]] = field(default_factory=list)
     """Evaluations after the first step, in the order of their steps."""
     state: State = "open"
@@ -135,7 +138,9 @@ class Ledger:
         if "index" not in event:
             return
         trial = self.trials[event["index"]]
-        if kind == "result":
+        if kind == "begin":
+            trial.steps = event["steps"]
+        elif kind == "result":
             kept = {key: value for key, value in event.items() if key not in ("kind", "index", "at")}
             trial.results = [r for r in trial.results if r["step"] < event["step"]] + [kept]
         elif kind == "stop":

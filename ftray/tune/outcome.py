@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ftray.config.search import Search
@@ -22,7 +23,7 @@ def outcome(search: Search, ledger: Ledger, *, budget_spent: bool = False) -> di
     found: dict[str, Any] = {
         "name": search.name,
         "folder": search.folder,
-        "reason": "budget" if budget_spent and "open" in states else "finished",
+        "reason": reason(states, budget_spent),
         "metric": search.metric,
         "mode": search.modes,
         "trials": len(trials),
@@ -32,6 +33,7 @@ def outcome(search: Search, ledger: Ledger, *, budget_spent: bool = False) -> di
         "seconds": ledger.seconds,
         "best": shown(best, search) if best else None,
         "best_file": None,
+        "each": [shown(t, search) | {"curve": t.values(search.metric[0])} for t in trials],
         "front": [shown(t, search) for t in front(finished, search)] if len(search.metric) > 1 else [],
     }
     if best:
@@ -39,6 +41,11 @@ def outcome(search: Search, ledger: Ledger, *, budget_spent: bool = False) -> di
         head = f"# The best of {len(trials)} trials of search {search.name}: trial {best.name}\n"
         write_text(found["best_file"], head + search.run_of(best.parameters, best.index).to_yaml())
     return found
+
+
+def reason(states: Sequence[str], budget_spent: bool) -> str:
+    """Why the search is where it is: `finished`, `budget`, or `stopped` before its end."""
+    return "finished" if "open" not in states else "budget" if budget_spent else "stopped"
 
 
 def shown(trial: Trial, search: Search) -> dict[str, Any]:
@@ -51,6 +58,7 @@ def shown(trial: Trial, search: Search) -> dict[str, Any]:
         "values": {name: pair[1] if pair else None for name, pair in zip(search.metric, best, strict=True)},
         "step": best[0][0] if best[0] else None,
         "steps": trial.step,
+        "all_steps": trial.steps,
         "folder": search.trial_folder(trial.index),
         "artefact": trial.summary.get("artefact"),
         "error": trial.error,

@@ -22,6 +22,7 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
+from ray.tune.schedulers.pbt import _PBTTrialState
 
 from ftray.config.search import PBT, Asha, HyperBand, Median, Search
 from ftray.train.seeds import mix
@@ -55,11 +56,12 @@ def scheduler_of(search: Search, evaluate_every: int, steps: int) -> Any:
             **judged,
         )  # fmt: skip - a trial that waits for others to be judged by gains nothing from pausing
     if isinstance(knobs, PBT):
-        return PopulationBasedTraining(
+        return _Population(
             perturbation_interval=knobs.interval or evaluate_every,
             quantile_fraction=knobs.quantile,
             resample_probability=knobs.resample,
             hyperparam_mutations={"parameters": {key: _mutation(p) for key, p in search.space.items()}},
+            custom_explore_fn=lambda config: _within(config, search),
             log_config=False,
             **judged,
         )
@@ -73,6 +75,22 @@ def _mutation(parameter: Any) -> Any:
     if parameter.kind == "loguniform":
         return lambda: math.exp(random.uniform(math.log(low), math.log(high)))
     return lambda: random.uniform(low, high)
+
+
+def _within(config: dict[str, Any], search: Search) -> dict[str, Any]:
+    """A changed configuration, back inside the space where a factor led out of it."""
+    for key, parameter in search.space.items():
+        if parameter.values is None and parameter.bounds is not None:
+            low, high = parameter.bounds
+            config["parameters"][key] = min(max(config["parameters"][key], low), high)
+    return config
+
+
+class _Population(PopulationBasedTraining):
+    """Tune's, for trials that a searcher proposes: what they start from is decided and recorded there."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._trial_state[trial] = _PBTTrialState(trial)
 
 
 class Recorded(TrialScheduler):

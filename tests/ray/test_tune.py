@@ -4,17 +4,23 @@ circle nor left behind."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import ray
 import yaml
+from ray.util import list_named_actors, placement_group_table
 
+from ftray.config import load_run
 from ftray.config.search import parse_search
 from ftray.errors import RunStopped
 from ftray.tune.driver import search
@@ -136,6 +142,10 @@ def test_the_other_samplers_and_schedulers_come_to_an_end(folder):
         assert json.loads((Path(spec.folder) / "outcome.json").read_text())["best"] == found["best"]
         if name == "two":
             assert len(found["front"]) >= 1
+        if name == "pbt":
+            changes = [change for t in Ledger(spec.folder).trials for change in t.changes]
+            assert changes
+            assert all(1e-4 <= c["parameters"]["train.learning_rate"] <= 1e-1 for c in changes)
 
 
 @pytest.mark.usefixtures("curves")
@@ -162,3 +172,70 @@ def test_the_driver_is_killed(folder):
     assert curves_of(spec) == [expected(spec, index) for index in range(8)]
     assert sum(n - 1 for n in made(spec).values()) <= 4, "at most what was not recorded, a step of each that ran"
     assert "best.yaml" in done.stdout
+
+
+def test_ordinary_runs_of_one_and_two_workers_on_two_cpus(folder):
+    """Six of one worker, three of two: no circle of waiting, and nothing is left behind."""
+    space = {"workers.count": {"choice": [1, 2]}, "train.learning_rate": {"choice": [1e-3, 2e-3, 3e-3]}}
+    space |= {"seed": {"integers": [0, 1], "when": {"workers.count": 1}}}
+    keys = {"sampler": "grid", "space": space, "retries": 0}
+    keys["overrides"] = {"train": {"steps": 2, "evaluate_every": 1}, "data.held_out.0.limit": 4, "workers.cpus": 1}
+    spec = a_search(folder, "places", **keys)
+    scratch = set(os.listdir(tempfile.gettempdir()))
+    taken: list[float] = []
+
+    def on_event(event):
+        if event["kind"] == "trial_result":
+            taken.append(4 - ray.available_resources().get("CPU", 0))
+
+    with two_cpus():
+        found = go(spec, on_event)
+    assert (found["finished"], found["trials"]) == (9, 9), [t.error for t in Ledger(spec.folder).trials]
+    assert max(taken) <= 2
+    assert all((Path(spec.trial_folder(i)) / "artefact/ftray.json").exists() for i in range(9))
+    wait_for(lambda: not [group for group in placement_group_table().values() if group["state"] != "REMOVED"])
+    assert not [a for a in list_named_actors(all_namespaces=True) if "rain" in str(a)]
+    wait_for(lambda: not processes("ray::RayTrainWo") + processes("ray::Ordinary") + processes("ray::TrainContr"), 30)
+    wait_for(lambda: ray.available_resources().get("CPU") == 4)
+    left = set(os.listdir(tempfile.gettempdir())) - scratch
+    assert not [name for name in left if name.startswith("ftray")]
+
+
+@contextmanager
+def two_cpus():
+    """The search may use two of the local Ray's four."""
+
+    @ray.remote(num_cpus=2)
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    holder = Holder.remote()
+    ray.get(holder.ready.remote())
+    yield
+    ray.kill(holder)
+
+
+def test_lanes_of_one_base_and_the_host_is_killed(folder):
+    """The real thing, small: four trials on one base, whose process is killed; their curves are those of an unbroken
+    search, and an artefact is a run's."""
+    space = {"train.learning_rate": {"choice": [1e-3, 5e-3]}, "method.rank": {"choice": [2, 4]}}
+    keys = {"sampler": "grid", "space": space, "lanes": "auto"}
+    keys["overrides"] = {"train": {"steps": 12, "evaluate_every": 3, "commit_every": None}}
+    go(whole := a_search(folder, "whole", **keys))
+    killed: list[psutil.Process] = []
+
+    def on_event(event):
+        if event["kind"] == "trial_result" and event["step"] == 6 and not killed:
+            killed.extend(processes("ray::Host"))
+            killed[0].kill()
+
+    found = go(broken := a_search(folder, "broken-lanes", **keys), on_event)
+    assert len(killed) == 1
+    assert found["finished"] == 4
+    for mine, theirs in zip(curves_of(broken), curves_of(whole), strict=True):
+        assert [step for step, _ in mine] == [3, 6, 9, 12]
+        assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], rel=1e-4)
+    best = load_run(found["best_file"])
+    assert (Path(best.folder) / "artefact/adapter_model.safetensors").exists()
+    assert json.loads((Path(best.folder) / "summary.json").read_text())["artefact"]
