@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from ftray.cli.console import Event, JsonConsole, PlainConsole, TerminalConsole
-from ftray.cli.words import count, duration
+from ftray.cli.words import count, duration, some
 
 _ROWS = 18
 """Trials in the live table at most."""
@@ -87,7 +87,8 @@ class SearchConsole(PlainConsole):
     def on_search(self, e: Event) -> None:
         self.standing.begin(e)
         if known := len(e["trials"]):
-            self.line(f"going on with {count(known)} trials that were begun")
+            self.line(f"going on with {some(known, 'trial')} that {'was' if known == 1 else 'were'} begun")
+        self._best = next((row.best for row in self.standing.ranked()), None)
 
     def on_trial(self, e: Event) -> None:
         self.standing.rows[e["index"]] = Row(e["index"], e["parameters"])

@@ -365,7 +365,8 @@ class Search(Strict):
 
     def dump(self) -> dict[str, Any]:
         """The resolved search as plain values, the run's own keys in place of its name."""
-        return self.model_dump(mode="json") | {"run": self.raw_run(), "overrides": {}}
+        space = {key: parameter.model_dump(mode="json", exclude_defaults=True) for key, parameter in self.space.items()}
+        return self.model_dump(mode="json") | {"run": self.raw_run(), "overrides": {}, "space": space}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=110)

@@ -164,7 +164,7 @@ def _svg(
         if x_label:
             axes.set_xlabel(x_label)
         for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_scale() == "linear":
+            if axis.get_scale() == "linear" and type(axis.get_major_formatter()).__name__ == "ScalarFormatter":
                 axis.set_major_formatter(_short_number())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -143,4 +143,4 @@ def trade_offs(points: Sequence[tuple[float, float]], front: Sequence[int], name
         axes.set_xlabel(names[0])
         axes.set_ylabel(names[1])
 
-    return _svg("front", f"{names[0]} against {names[1]}", draw, (6.8, 4.4), x_label=None)
+    return _svg("front", f"{names[0]} against {names[1]}", draw, (14, 4.6), x_label=None)
