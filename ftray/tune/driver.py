@@ -154,10 +154,10 @@ class Hunt:
         """Kinds of trials that may come."""
         return {"runs"} if self.runs_alone else {planned.kind for planned in self.examples()}
 
-    def largest(self, kind: Kind) -> Run:
-        """Of the runs of this kind the one with the most workers."""
-        found = [planned.run for planned in self.examples() if self.runs_alone or planned.kind == kind]
-        return max(found, key=lambda run: run.workers.count)
+    def ordinary(self) -> list[Run]:
+        """Trials that will be, or might be, runs by themselves: the one with the fewest workers first."""
+        found = [planned.run for planned in self.examples() if self.runs_alone or planned.kind == "runs"]
+        return sorted(found, key=lambda run: run.workers.count)
 
     def measure(self) -> tuple[int, int]:
         """(steps between evaluations, steps of the longest trial); their rows are prepared."""
@@ -337,7 +337,7 @@ def _seats(hunt: Hunt, verbose: bool) -> Iterator[Any]:
     for_runs, for_lanes = _shares(hunt, free)
     try:
         if for_runs:
-            seats["runs"] = [_ordinary(hunt.largest("runs"), for_runs, verbose)]
+            seats["runs"] = [_ordinary(hunt.ordinary(), for_runs, verbose)]
         if for_lanes:
             seats["lanes"] = _hosts(for_lanes)
         desk = _actor(Desk, num_cpus=0).remote(seats, hunt.spec.scheduler.name != "fifo")
@@ -373,7 +373,7 @@ def _shares(hunt: Hunt, free: dict[str, float]) -> tuple[dict[str, float], dict[
         return {}, free
     if kinds == {"runs"}:
         return free, {}
-    need = places_of(hunt.largest("runs"))
+    need = places_of(hunt.ordinary()[-1])
     left = {name: have - need.get(name, 0) for name, have in free.items()}
     if left["CPU"] < 1 or (free["GPU"] and left["GPU"] < 1):
         hunt.runs_alone = True
@@ -381,11 +381,11 @@ def _shares(hunt: Hunt, free: dict[str, float]) -> tuple[dict[str, float], dict[
     return need, left
 
 
-def _ordinary(run: Run, free: dict[str, float], verbose: bool) -> Any:
-    """The actor that starts ordinary runs, of which `run` is the largest. Raises RunError when it would never fit."""
+def _ordinary(runs: list[Run], free: dict[str, float], verbose: bool) -> Any:
+    """The actor that starts ordinary runs like these, the largest last. Raises RunError when that would never fit."""
     from ftray.tune.ordinary import Ordinary, fits, places_of
 
-    need = places_of(run)
+    run, need = runs[-1], places_of(runs[-1])
     if not fits(need, free):
         wants = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
         have = " and ".join(f"{amount:g} {name}" for name, amount in free.items())
@@ -394,7 +394,7 @@ def _ordinary(run: Run, free: dict[str, float], verbose: bool) -> Any:
             where="workers",
             hint="lower workers.count, or what each worker asks for",
         )
-    return _actor(Ordinary, num_cpus=0, max_restarts=_RESTARTS).remote(os.getcwd(), free, need, verbose)
+    return _actor(Ordinary, num_cpus=0, max_restarts=_RESTARTS).remote(os.getcwd(), free, places_of(runs[0]), verbose)
 
 
 def _hosts(free: dict[str, float]) -> list[Any]:

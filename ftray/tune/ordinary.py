@@ -46,14 +46,15 @@ class _Job:
 
 
 class Ordinary:
-    """An async actor. `places`: what runs may take, all together. `folder`: the user's, where paths begin."""
+    """An async actor. `folder`: the user's, where paths begin. `places`: what runs may take, all together; `smallest`:
+    what the smallest of them takes."""
 
-    def __init__(self, folder: str, places: Places, typical: Places, verbose: bool = False) -> None:
+    def __init__(self, folder: str, places: Places, smallest: Places, verbose: bool = False) -> None:
         if os.path.isdir(folder):
             os.chdir(folder)
         from transformers import AutoTokenizer  # noqa: F401 - loaded lazily, and not safe for the threads to come
 
-        self._free, self._typical, self._verbose = dict(places), typical, verbose
+        self._free, self._smallest, self._verbose = dict(places), smallest, verbose
         self._jobs: dict[str, _Job] = {}
         self._turn = asyncio.Lock()
         self._changed = asyncio.Condition()
@@ -136,10 +137,10 @@ class Ordinary:
         await job.ended.wait()
 
     async def load(self) -> dict[str, int]:
-        """Runs that have places, and how many more of the search's usual size would find some."""
+        """Runs that have places, and how many more of the smallest would find some."""
         free, room = dict(self._free), 0
-        while room < 1000 and fits(self._typical, free):
-            for name, amount in self._typical.items():
+        while room < 1000 and fits(self._smallest, free):
+            for name, amount in self._smallest.items():
                 free[name] -= amount
             room += 1
         return {"lanes": sum(not job.ended.is_set() for job in self._jobs.values()), "room": room}
