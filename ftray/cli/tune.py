@@ -10,6 +10,7 @@ from ftray.cli.signals import stop_on_signal
 from ftray.cli.words import count, duration, facts, some, table
 from ftray.config.search import Search
 from ftray.errors import EXIT_OK, RunStopped
+from ftray.manifest import filesystem, join
 from ftray.session import ray_session
 
 
@@ -46,13 +47,20 @@ def _search(spec: Search, console: PlainConsole, *, verbose: bool) -> tuple[dict
             _report(spec, console)
             raise
     console.close()
-    return found, _report(spec, console)
+    return found, _report(spec, console, found["best"])
 
 
-def _report(spec: Search, console: PlainConsole) -> str | None:
+def _report(spec: Search, console: PlainConsole, best: dict[str, Any] | None = None) -> str | None:
+    """Where the search's page is; the best trial gets its own too."""
+    from ftray.evaluate.report import write_report
     from ftray.evaluate.search_report import write_search_report
 
+    fs, outcome = filesystem(join(spec.folder, "outcome.json"))
+    if not fs.exists(outcome):
+        return None
     try:
+        if best:
+            write_report(best["folder"])
         return write_search_report(spec.folder)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with the page, the search is whole
         console({"kind": "warning", "text": f"no report: {type(error).__name__}: {error}"})

@@ -38,6 +38,7 @@ _TRIES = 32
 """Samples of a space that are checked before a search with Optuna starts."""
 _RESTARTS = 8
 """Times that a worker which holds a base is started again."""
+_MANY_STEPS = 10**6
 _FREED_SECONDS = 3.0
 _ROOM_SECONDS = 1.0
 """How long an answer about room in memory holds."""
@@ -160,10 +161,12 @@ class Hunt:
         return sorted(found, key=lambda run: run.workers.count)
 
     def measure(self) -> tuple[int, int]:
-        """(steps between evaluations, steps of the longest trial); their rows are prepared."""
+        """(steps between evaluations, steps of the longest trial), as far as they are known before it begins."""
         runs = [planned.run for planned in self.examples()]
-        every = min(run.train.evaluate_every or self.plans.steps(run) for run in runs)
-        return every, max(self.plans.steps(run) for run in runs)
+        here = [planned.run for planned in self._planned.values()]  # their rows are prepared
+        known = [run.train.steps for run in runs if run.train.steps] + [self.plans.steps(run) for run in here]
+        steps = max(known, default=_MANY_STEPS)
+        return min(run.train.evaluate_every or steps for run in runs), steps
 
     def prepare_ahead(self) -> None:
         """The rows of every run that is known. Raises DataError, and RunStopped when asked to stop meanwhile."""
