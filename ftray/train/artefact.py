@@ -87,10 +87,20 @@ def _save(
                 warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")
             state = dict(trained) if divided else None
             model.save_pretrained(stage, state_dict=state, save_embedding_layers=False)  # else PEFT asks a hub about it
+        _order_sets(stage / "adapter_config.json")
         (stage / "README.md").unlink(missing_ok=True)  # PEFT's; ours follows
     else:
         _save_model(model, DTYPES[run.train.precision], itertools.chain(trained.items(), frozen), stage)
         load_tokenizer(run.model, run.data.chat_template).save_pretrained(stage)
+
+
+def _order_sets(path: Path) -> None:
+    """PEFT writes its sets in an order that differs from process to process; equal runs shall leave equal files."""
+    config = json.loads(path.read_text())
+    for name in ("target_modules", "feedforward_modules"):
+        if isinstance(config.get(name), list):
+            config[name].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def _save_model(model: Any, dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]], stage: Path) -> None:

@@ -62,7 +62,12 @@ def run_file(folder: Path, name: str, base: str, number: int, rows: int, steps: 
     run: dict[str, Any] = {
         "name": name,
         "model": {"path": base},
-        "method": {"name": "qlora", "rank": (2, 4, 8)[number % 3], "alpha": 8, "targets": ["q_proj", "v_proj"]},
+        "method": {
+            "name": "lora" if base == "embedded" else "qlora",
+            "rank": (2, 4, 8)[number % 3],
+            "alpha": 8,
+            "targets": ["q_proj", "v_proj"],
+        },
         "data": {
             "sources": [
                 {
@@ -79,7 +84,7 @@ def run_file(folder: Path, name: str, base: str, number: int, rows: int, steps: 
             "batch_rows": rows,
             "micro_batch_rows": min(rows, 16),
             "learning_rate": 1e-3 * (1 + number),
-            "precision": "bf16",
+            "precision": "fp32" if base == "embedded" else "bf16",
         },
         "workers": {"count": 1},
         "logging": {"tensorboard": False},

@@ -281,13 +281,11 @@ def test_requests_go_to_the_replica_that_has_the_adapter_and_spill_over(two: Ser
     first, second = resident(two)
     assert first | second == set("cdefgh")
     assert not first & second, "each adapter was read by one replica"
-    assert first
-    assert second
 
     def ask() -> None:
         client.completions.create(model="c", prompt="x", max_tokens=300, extra_body={"ignore_eos": True})
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]  # twice a replica's slots
+    threads = [threading.Thread(target=ask) for _ in range(10)]  # five times a replica's slots
     for thread in threads:
         thread.start()
     for thread in threads:
