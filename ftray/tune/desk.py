@@ -89,6 +89,12 @@ class Desk:
             with suppress(FtrayError, RayError):  # told to `next` before; a worker that is gone has no places
                 await seat.leave.remote(trial)
 
+    async def close(self) -> None:
+        """Every trial leaves; answers once all have."""
+        for trial in list(self._at):
+            self.leave(trial)
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
     async def room(self, kind: str) -> int:
         """Trials that could run at once on the workers of this kind, at least 1."""
         loads = await asyncio.gather(*(s.load.remote() for s in self._seats[kind]), return_exceptions=True)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import yaml
@@ -38,6 +38,7 @@ _TRIES = 32
 """Samples of a space that are checked before a search with Optuna starts."""
 _RESTARTS = 8
 """Times that a worker which holds a base is started again."""
+_CLOSE_SECONDS = 120.0
 _MANY_STEPS = 10**6
 _FREED_SECONDS = 3.0
 _ROOM_SECONDS = 1.0
@@ -332,6 +333,7 @@ _QUIET_TUNE = {
 def _seats(hunt: Hunt, verbose: bool) -> Iterator[Any]:
     """The desk, with the workers behind it that the search needs; all of them end with the block."""
     import ray
+    from ray.exceptions import RayError
 
     from ftray.tune.desk import Desk
 
@@ -347,6 +349,8 @@ def _seats(hunt: Hunt, verbose: bool) -> Iterator[Any]:
         try:
             yield desk
         finally:
+            with suppress(RayError):  # a run that is killed in mid-step would leave temporary folders behind
+                ray.get(desk.close.remote(), timeout=_CLOSE_SECONDS)
             ray.kill(desk)
     finally:
         for handle in (handle for handles in seats.values() for handle in handles):

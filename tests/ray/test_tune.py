@@ -122,8 +122,9 @@ def test_broken_off_and_taken_up_again(folder):
     assert made(spec) == again
 
 
-def processes(name: str) -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith(name)]
+def processes(name: str, pid: int | None = None) -> list[psutil.Process]:
+    found = psutil.Process(pid).children(recursive=True)
+    return [process for process in found if process.is_running() and process.name().startswith(name)]
 
 
 @pytest.mark.usefixtures("curves")
@@ -164,7 +165,8 @@ def test_the_driver_is_killed(folder):
     command = [sys.executable, "-m", "tests.ray.curves", str(folder / "driver.yaml")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as driver:
         wait_for(lambda: len(curves_of(spec)) and sum(map(len, curves_of(spec))) > 20)
-        others = psutil.Process(driver.pid).children(recursive=True)
+        others = processes("ray::Follower", driver.pid) + processes("ray::Curves", driver.pid)
+        assert others
         driver.kill()
     assert not psutil.wait_procs(others, timeout=60)[1]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
