@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,12 @@ def test_broken_off_and_taken_up_again(folder):
 
 
 def processes(name: str, pid: int | None = None) -> list[psutil.Process]:
-    found = psutil.Process(pid).children(recursive=True)
-    return [process for process in found if process.is_running() and process.name().startswith(name)]
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it may have ended by now
+            if process.name().startswith(name):
+                found.append(process)
+    return found
 
 
 @pytest.mark.usefixtures("curves")
