@@ -12,6 +12,18 @@ settings.register_profile("ftray", deadline=None)  # a busy machine is slow, not
 settings.load_profile("ftray")
 
 
+_ONE_AFTER_ANOTHER = ("browser", "ray")
+"""Folders whose tests start several processes each: with `pytest -n 2` they go on one side, all others on the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `pytest -n` may not tear apart: these folders, and any other file."""
+    for item in items:
+        folder, *_ = item.path.relative_to(Path(__file__).parent).parts
+        group = "processes" if folder in _ONE_AFTER_ANOTHER else f"{folder}-{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def ftray_data() -> Path:
     """The folder of weights and data sets that FTRAY_DATA names (default `../shared`); without it a test is skipped."""

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.adamw import adamw
 
-from ftray.config import Run
+from ftray.config import Run, Train
 from ftray.data.prepared import PreparedData
 from ftray.errors import ModelError
 from ftray.model.load import evaluating, load_base
@@ -382,6 +383,50 @@ def _answer(ask: _Ask, work: Callable[[], Any]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- lanes
 
+_STATES = ("exp_avg", "exp_avg_sq")
+"""As torch's AdamW calls them, and so commits."""
+
+
+@dataclass
+class _Flat:
+    """Parameters of one kind, laid end to end, and what AdamW has for them."""
+
+    values: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: Tensor
+    decay: float
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], decay: float, device: torch.device) -> _Flat:
+        values = torch.cat([tensor.float().flatten() for tensor in tensors]).to(device)
+        gradient, exp_avg, exp_avg_sq = (torch.zeros_like(values) for _ in range(3))
+        return cls(values, gradient, exp_avg, exp_avg_sq, torch.zeros((), device=device), decay)
+
+    def step(self, share: float, rate: float, train: Train) -> None:
+        """AdamW's, on the gradient times `share`."""
+        if share < 1:
+            self.gradient.mul_(share)
+        # without the optimizer object, whose hooks would cost more than this
+        adamw(
+            [self.values],
+            [self.gradient],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [self.steps],
+            fused=True,
+            amsgrad=False,
+            beta1=train.betas[0],
+            beta2=train.betas[1],
+            lr=rate,
+            weight_decay=self.decay,
+            eps=train.epsilon,
+            maximize=False,
+        )
+
+
 _LOW_RANK_NAME = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<part>A|B|magnitude_vector)\.default\.weight$")
 
 
@@ -416,23 +461,11 @@ class Lane:
         matrices = [name for name in ordered if state[name].dim() >= 2]
         vectors = ordered[len(matrices) :]
         self.flats = [
-            nn.Parameter(torch.cat([state[name].float().flatten() for name in names]).to(self.base.world.device))
-            for names in (matrices, vectors)
+            _Flat.of([state[name] for name in names], decay, self.base.world.device)
+            for names, decay in ((matrices, self.run.train.weight_decay), (vectors, 0.0))
             if names
         ]
-        for flat in self.flats:
-            flat.grad = torch.zeros_like(flat)
-        decays = (self.run.train.weight_decay, 0.0)
-        train = self.run.train
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [flat], "weight_decay": decay} for flat, decay in zip(self.flats, decays, strict=False)],
-            lr=train.learning_rate,
-            betas=train.betas,
-            eps=train.epsilon,
-            fused=True,
-        )
-        values = self._views([flat.detach() for flat in self.flats])
-        grads = self._views([flat.grad for flat in self.flats])  # type: ignore[misc]
+        values, grads = (self._views(what) for what in ("values", "gradient"))
         parts: dict[str, dict[str, str]] = {}
         for name, match in found.items():
             assert match
@@ -454,9 +487,10 @@ class Lane:
             self.rows[path] = rows
             self.base.pooled.linears[path].trained[self.name] = rows
 
-    def _views(self, flats: list[Tensor]) -> dict[str, Tensor]:
-        """Of flat tensors, by name."""
+    def _views(self, what: str) -> dict[str, Tensor]:
+        """Of the flat tensors that hold `what`, by name."""
         views: dict[str, Tensor] = {}
+        flats = [getattr(flat, what) for flat in self.flats]
         which, start = 0, 0
         for name in self.names:
             shape = self.shapes[name]
@@ -500,30 +534,28 @@ class Lane:
             grad = self.rows[path].gain_grad
             assert grad is not None
             grad /= norms
-        norm = float(nn.utils.clip_grad_norm_(self.flats, self.run.train.clip_norm or math.inf))
+        train = self.run.train
+        norm = math.hypot(*(float(torch.linalg.vector_norm(flat.gradient)) for flat in self.flats))
         if apply and math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            share = min(1.0, train.clip_norm / (norm + 1e-6)) if train.clip_norm else 1.0
+            for flat in self.flats:
+                flat.step(share, rate, train)
             self.moved = True
         for flat in self.flats:
-            assert flat.grad is not None
-            flat.grad.zero_()
+            flat.gradient.zero_()
         return norm
 
     def state(self) -> State:
         return self.base.do(self._state)
 
     def _state(self) -> State:
-        model = {name: view.clone() for name, view in self._views([flat.detach() for flat in self.flats]).items()}
+        model = {name: view.clone() for name, view in self._views("values").items()}
         optimizer: dict[str, Tensor] = {}
-        states = [self.optimizer.state.get(flat, {}) for flat in self.flats]
-        if any(states):
-            for key in ("exp_avg", "exp_avg_sq"):
-                views = self._views([state[key] for state in states])
-                optimizer |= {f"{name}/{key}": view.clone() for name, view in views.items()}
-            optimizer |= {f"{name}/step": states[0]["step"].clone() for name in self.names}
-        return State({name: model[name] for name in self.names}, optimizer)
+        if float(self.flats[0].steps):
+            for what in _STATES:
+                optimizer |= {f"{name}/{what}": view.clone() for name, view in self._views(what).items()}
+            optimizer |= {f"{name}/step": self.flats[0].steps.clone() for name in self.names}
+        return State(model, optimizer)
 
     def load(self, commit: Commit) -> None:
         self.base.do(lambda: self._load(commit.state.model, commit.state.optimizer))
@@ -531,19 +563,13 @@ class Lane:
     @torch.no_grad()
     def _load(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         check_same(model, dict(self.shapes))
-        for name, view in self._views([flat.detach() for flat in self.flats]).items():
+        for name, view in self._views("values").items():
             view.copy_(model[name])
-        if optimizer:
-            for flat in self.flats:
-                step = optimizer[f"{self.names[0]}/step"].clone()
-                self.optimizer.state[flat] = {
-                    "step": step.to(flat.device),
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
-            for key in ("exp_avg", "exp_avg_sq"):
-                for name, view in self._views([self.optimizer.state[flat][key] for flat in self.flats]).items():
-                    view.copy_(optimizer[f"{name}/{key}"])
+        for what in _STATES if optimizer else ():
+            for name, view in self._views(what).items():
+                view.copy_(optimizer[f"{name}/{what}"])
+        for flat in self.flats if optimizer else ():
+            flat.steps.copy_(optimizer[f"{self.names[0]}/step"])
         self.moved = True
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:
@@ -551,9 +577,8 @@ class Lane:
 
     def held(self) -> dict[str, int]:
         """The lane's own; the base is shared."""
-        weights = sum(flat.nbytes for flat in self.flats)
-        states = sum(t.nbytes for state in self.optimizer.state.values() for t in state.values())
-        return {"weights": weights, "masters": 0, "states": states, "gradients": weights, "buffers": 0, "nvme": 0}
+        each = sum(flat.values.nbytes for flat in self.flats)
+        return {"weights": each, "masters": 0, "states": 2 * each, "gradients": each, "buffers": 0, "nvme": 0}
 
     def close(self) -> None:
         pass
