@@ -170,8 +170,12 @@ class Hunt:
         return min(run.train.evaluate_every or steps for run in runs), steps
 
     def prepare_ahead(self) -> None:
-        """The rows of every run that is known. Raises DataError, and RunStopped when asked to stop meanwhile."""
-        for planned in self._planned.values():
+        """The rows of every run that is known, and of one that might be: once trials hold all CPUs, none is left for
+        this. Raises DataError, and RunStopped when asked to stop meanwhile."""
+        ahead = list(self._planned.values())
+        if not ahead:
+            ahead.append(self.plans.of(draw(self.spec, 0), 0))
+        for planned in ahead:
             self.plans.prepare(planned.run)
             if self.stop.is_set():
                 raise RunStopped("stopped before the first trial", where=self.spec.folder, hint="the same command")
