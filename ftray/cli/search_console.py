@@ -214,8 +214,9 @@ def open_search_console(*, as_json: bool = False, out: TextIO | None = None) -> 
 
 
 def parameters_text(parameters: dict[str, Any]) -> str:
-    """`learning_rate=0.003 rank=8`: the last part of each key, the whole where two end alike."""
-    ends = [key.rsplit(".", 1)[-1] for key in parameters]
+    """`learning_rate=0.003 schedule.name=wsd`: the last part of each key that says something, the whole where two end
+    alike."""
+    ends = [".".join(key.split(".")[-2 if key.endswith(".name") else -1 :]) for key in parameters]
     names = {key: end if ends.count(end) == 1 else key for key, end in zip(parameters, ends, strict=True)}
     return " ".join(f"{names[key]}={_value(value)}" for key, value in parameters.items())
 

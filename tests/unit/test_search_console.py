@@ -74,7 +74,7 @@ def test_programs_get_every_event() -> None:
 
 def test_names_are_as_short_as_they_may_be() -> None:
     text = parameters_text({"method.name": "lora", "train.schedule.name": "wsd", "train.schedule": {"name": "cosine"}})
-    assert text == "method.name=lora train.schedule.name=wsd schedule=cosine"
+    assert text == "method.name=lora schedule.name=wsd schedule=cosine"
 
 
 @pytest.mark.parametrize("artefact", ["s/trials/0001/artefact", None])
