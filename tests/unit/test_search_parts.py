@@ -285,3 +285,16 @@ def test_a_folder_of_another_search_is_refused_and_what_is_free_may_change(tmp_p
         open_ledger(a_search(f"output={tmp_path}", "space.method.rank.choice=[2]"))
     assert yaml.safe_load((tmp_path / "search.yaml").read_text())["samples"] == 16
     assert len(open_ledger(a_search(f"output={tmp_path}", "samples=99", "budget.steps=5")).trials) == 1
+
+
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_rows_are_prepared_before_trials_hold_all_cpus(tmp_path, monkeypatch, sampler) -> None:
+    """Afterwards Ray Data would wait for a CPU that no trial gives back."""
+    search = a_search(f"sampler={sampler}", "samples=3", f"output={tmp_path}")
+    hunt = Hunt(search, Ledger(str(tmp_path)), lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    prepared = []
+    monkeypatch.setattr(hunt.plans, "prepare", lambda run: prepared.append(run.data))
+    hunt.check_ahead()
+    hunt.prepare_ahead()
+    assert prepared
+    assert {str(data) for data in prepared} == {str(search.run_of({}, 0).data)}
