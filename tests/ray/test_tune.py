@@ -216,9 +216,9 @@ def two_cpus():
 
 
 def test_lanes_of_one_base_and_the_host_is_killed(folder):
-    """The real thing, small: four trials on one base, whose process is killed; their curves are those of an unbroken
+    """The real thing, small: two trials on one base, whose process is killed; their curves are those of an unbroken
     search, and an artefact is a run's."""
-    space = {"train.learning_rate": {"choice": [1e-3, 5e-3]}, "method.rank": {"choice": [2, 4]}}
+    space = {"method.rank": {"choice": [2, 4]}}
     keys = {"sampler": "grid", "space": space, "lanes": "auto"}
     keys["overrides"] = {"train": {"steps": 12, "evaluate_every": 3, "commit_every": None}}
     go(whole := a_search(folder, "whole", **keys))
@@ -231,7 +231,7 @@ def test_lanes_of_one_base_and_the_host_is_killed(folder):
 
     found = go(broken := a_search(folder, "broken-lanes", **keys), on_event)
     assert len(killed) == 1
-    assert found["finished"] == 4
+    assert found["finished"] == 2
     for mine, theirs in zip(curves_of(broken), curves_of(whole), strict=True):
         assert [step for step, _ in mine] == [3, 6, 9, 12]
         assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], rel=1e-4)
