@@ -273,6 +273,33 @@ def report(
 
 
 @app.command()
+def tune(
+    search: Annotated[str, typer.Argument(metavar="SEARCH", help="A search file, a search's folder, or a recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys to change: samples=64 scheduler=asha overrides.train.steps=100"),
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search for the best run: a run file, and a space over any of its keys.
+
+    Trials of low-rank methods share one base, as lanes of one batch; others are runs of their own, as many at once as
+    there are places for. Random, grid or TPE; ASHA, HyperBand, median rule or population based training. Each trial's
+    folder is a run's folder. In the end: best.yaml, a complete run file, its artefact, and a report.
+
+    Ctrl-C lets every trial commit, and leaves with exit code 75. The same command goes on, also after any kill: what is
+    finished or was stopped is not trained again.
+
+    ftray tune e2e-asha samples=64 budget.minutes=30
+    """
+    from ftray.cli.tune import tune_command
+    from ftray.config.search import load_search
+
+    tune_command(load_search(search, overrides or []), as_json=as_json, verbose=verbose)
+
+
+@app.command()
 def export(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs: folders, run files or recipes.")],
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new folder, or an fsspec URI.")],
@@ -480,15 +507,15 @@ def recipes(
 
     To start a run file of your own: ftray recipes NAME > run.yaml
     """
-    from ftray.cli.recipes import list_recipes, recipe_text
+    from ftray.cli.recipes import list_recipes, list_search_recipes, recipe_text
     from ftray.cli.words import facts
 
     if name:
         print(recipe_text(name), end="")
     elif as_json:
-        _print_json(dict(list_recipes()))
+        _print_json(dict([*list_recipes(), *list_search_recipes()]))
     else:
-        print(facts(list_recipes(), indent=0))
+        print(f"{facts(list_recipes(), indent=0)}\n\nfor ftray tune:\n{facts(list_search_recipes(), indent=0)}")
 
 
 def _load(run: str, overrides: list[str] | None) -> Any:

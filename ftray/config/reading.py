@@ -27,6 +27,19 @@ def _recipes():
     return resources.files("ftray") / "recipes"
 
 
+def search_recipe_names() -> list[str]:
+    """Names of the shipped searches, sorted."""
+    folder = _recipes() / "searches"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def search_recipe(name: str) -> str | None:
+    """The text of a shipped search; None where there is none of this name."""
+    if name not in search_recipe_names():
+        return None
+    return (_recipes() / "searches" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_run(where: str | Path, overrides: Iterable[str] = ()) -> Run:
     """The run of a YAML file, of a run's folder (its `run.yaml`), or of a shipped recipe's name.
 
@@ -42,6 +55,17 @@ def parse_run(text: str, name: str, overrides: Iterable[str] = ()) -> Run:
     raw = parse_yaml(text, name)
     for item in overrides:
         override(raw, item)
+    return validated(raw, name)
+
+
+def load_raw(where: str | Path) -> tuple[dict[str, Any], str]:
+    """(keys as they are written, what errors call it) of what `load_run` takes, not yet validated."""
+    text, name = _read(str(where))
+    return parse_yaml(text, name), name
+
+
+def validated(raw: dict[str, Any], name: str) -> Run:
+    """The run of a mapping. Raises ConfigError."""
     try:
         return Run.model_validate(raw)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ftray.config import Run
@@ -35,17 +36,18 @@ def identity(run: Run, data_digest: str) -> dict[str, Any]:
 
 def refuse_other_run(committed: dict[str, Any], now: dict[str, Any], folder: str) -> None:
     """Raises ConfigError, with every key that differs, when a commit is of another run than `now`."""
-    if differences := list(_differences("", committed, now)):
+    if found := list(differences("", committed, now)):
         raise ConfigError(
-            "this folder holds commits of a run with other settings:\n    " + "\n    ".join(differences),
+            "this folder holds commits of a run with other settings:\n    " + "\n    ".join(found),
             where=folder,
             hint="take the settings back to resume it, or choose another `output` (or `name`) for a new run",
         )
 
 
-def _differences(path: str, a: Any, b: Any):
+def differences(path: str, a: Any, b: Any) -> Iterator[str]:
+    """Each dotted key in which two mappings differ, as a sentence."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
-            yield from _differences(f"{path}.{key}" if path else key, a.get(key), b.get(key))
+            yield from differences(f"{path}.{key}" if path else key, a.get(key), b.get(key))
     elif a != b:
         yield f"{path}: committed with {a!r}, now {b!r}"

@@ -23,22 +23,29 @@ from ftray.errors import FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
 from ftray.session import in_a_job, ray_session, stand_aside
 from ftray.train import commits, native
+from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
 
 Emit = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.2
-_PUSH_SECONDS = 0.2
-_ALIKE_SECONDS = 5.0
-"""How long a worker that failed for good waits to hear that all others did too."""
 _FINAL = (TypeError, AttributeError, NameError, KeyError, ValueError, AssertionError, NotImplementedError, ImportError)
 """Errors of the program, which come again however often a group of workers is started."""
 
 
-def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = False) -> dict[str, Any]:
+def train(
+    run: Run,
+    *,
+    on_event: Emit,
+    stop: threading.Event,
+    verbose: bool = False,
+    released: Callable[[], int] | None = None,
+) -> dict[str, Any]:
     """Run, or go on with, `run`; returns the summary, which is also RUN/summary.json.
 
-    `on_event` gets each event in this thread's process; setting `stop` makes the run commit and end. Raises RunStopped
-    after such a stop, RunError when the run could not go on, UserError for what the user can mend.
+    `on_event` gets each event in this thread's process; setting `stop` makes the run commit and end. With `released`
+    the workers stand still after each evaluation until it returns a step that is not below that of the evaluation, or
+    the run is stopped. Raises RunStopped after such a stop, RunError when the run could not go on, UserError for what
+    the user can mend.
     """
     started = time.perf_counter()
     preflight(run)
@@ -50,7 +57,7 @@ def train(run: Run, *, on_event: Emit, stop: threading.Event, verbose: bool = Fa
         _compile_on_nodes(run, on_event)
         _until(stop, on_event, run.folder)({"kind": "status", "text": f"starting {workers_in_words(run)}"})
         with tracked(run, on_event) as tell:
-            summary = _fit(run, data_uri, tell, stop, verbose)
+            summary = _fit(run, data_uri, tell, stop, verbose, released)
     write_summary(run, summary, time.perf_counter() - started)
     if summary["reason"] == "stopped":
         raise RunStopped(
@@ -142,7 +149,14 @@ _COMPILING = {
 # ------------------------------------------------------------------------------------------------------------- workers
 
 
-def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose: bool) -> dict[str, Any]:
+def _fit(
+    run: Run,
+    data_uri: str,
+    on_event: Emit,
+    stop: threading.Event,
+    verbose: bool,
+    released: Callable[[], int] | None = None,
+) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -153,7 +167,7 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
         trainer = TorchTrainer(
             _worker_main,
             train_loop_config={"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
-            | {"folder": os.getcwd()},
+            | {"folder": os.getcwd(), "waits": released is not None},
             scaling_config=ScalingConfig(
                 num_workers=run.workers.count, use_gpu=use_gpu, resources_per_worker=resources
             ),
@@ -165,7 +179,7 @@ def _fit(run: Run, data_uri: str, on_event: Emit, stop: threading.Event, verbose
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         )
         failure: Exception | None = None
-        with _relay(board, on_event, stop), _silent(not verbose):
+        with _relay(board, on_event, stop, released or (lambda: 0)), _silent(not verbose):
             try:
                 with ThreadPoolExecutor(1) as pool:  # on the main thread it would take Ctrl-C over, and abort
                     pool.submit(trainer.fit).result()
@@ -226,7 +240,7 @@ def _worker_main(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, config["threads"]))
     if os.path.isdir(config["folder"]):  # Ray Train moves its workers; a run file means the user's folder
         os.chdir(config["folder"])
-    channel = _BoardChannel(config["board"], world.rank)
+    channel = BoardChannel(config["board"], world.rank, waits=config["waits"])
     if channel.has_failed():  # started again only because one worker failed for good while others waited for it
         return
     restarts = channel.begin() - 1 if world.is_first else 0
@@ -246,117 +260,13 @@ def _worker_main(config: dict[str, Any]) -> None:
         channel.finish(summary if world.is_first else None)
 
 
-class Board:
-    """An actor between workers and driver: events one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._stop = False
-        self._error: Exception | None = None
-        self._failures = 0
-        self._summary: dict[str, Any] | None = None
-        self._crashes: list[str] = []
-        self._begun = 0
-
-    def begin(self) -> int:
-        self._begun += 1
-        return self._begun
-
-    def push(self, events: list[dict[str, Any]]) -> bool:
-        self._events += events
-        return self._stop
-
-    def drain(self, stop: bool) -> list[dict[str, Any]]:
-        self._stop |= stop
-        events, self._events = self._events, []
-        return events
-
-    def fail(self, error: Exception) -> None:
-        self._error = self._error or error
-        self._failures += 1
-
-    def failures(self) -> int:
-        return self._failures
-
-    def crash(self, text: str) -> None:
-        self._crashes.append(text)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._summary = summary
-
-    def outcome(self) -> dict[str, Any]:
-        return {"error": self._error, "summary": self._summary, "crashes": self._crashes}
-
-
-class _BoardChannel:
-    """A worker's end of the board: events go in batches, and no step waits for them."""
-
-    def __init__(self, board: Any, rank: int) -> None:
-        self._board, self._rank = board, rank
-        self._waiting: list[dict[str, Any]] = []
-        self._pushed_at = 0.0
-        self._answer: Any = None
-        self._stop = False
-
-    def begin(self) -> int:
-        """Groups of workers that began so far, this one included. For one worker of a group to ask."""
-        import ray
-
-        return ray.get(self._board.begin.remote())
-
-    def emit(self, event: dict[str, Any]) -> None:
-        self._waiting.append(event)
-        if event["kind"] != "step" or time.monotonic() - self._pushed_at >= _PUSH_SECONDS:
-            self._push()
-
-    def _push(self) -> None:
-        self._answer = self._board.push.remote(self._waiting)
-        self._waiting, self._pushed_at = [], time.monotonic()
-
-    def stop_requested(self) -> bool:
-        """Only rank 0 asks; the loop tells the others."""
-        import ray
-
-        if self._rank == 0 and self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self._stop |= ray.get(self._answer)
-            self._answer = None
-        return self._stop
-
-    def finish(self, summary: dict[str, Any] | None) -> None:
-        import ray
-
-        if summary is not None:
-            ray.get([self._board.push.remote(self._waiting), self._board.finish.remote(summary)])
-
-    def fail(self, error: Exception, workers: int) -> bool:
-        """Tell the error that ends the run. True when every worker failed alike, so that none waits for another."""
-        import ray
-
-        ray.get([self._board.push.remote(self._waiting), self._board.fail.remote(error)])
-        end = time.monotonic() + _ALIKE_SECONDS
-        while time.monotonic() < end:
-            if ray.get(self._board.failures.remote()) >= workers:
-                return True
-            time.sleep(0.05)
-        return False
-
-    def has_failed(self) -> bool:
-        import ray
-
-        return ray.get(self._board.failures.remote()) > 0
-
-    def crash(self, text: str) -> None:
-        import ray
-
-        ray.get(self._board.crash.remote(f"worker {self._rank}\n{text}"))
-
-
 # -------------------------------------------------------------------------------------------------------------- driver
 
 
 @contextmanager
-def _relay(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
-    """Hand the board's events to `on_event`, and the wish to stop to the board, until the block ends."""
+def _relay(board: Any, on_event: Emit, stop: threading.Event, released: Callable[[], int]) -> Iterator[None]:
+    """Hand the board's events to `on_event`, and the wish to stop, or leave to go on, to the board, until the block
+    ends."""
     import ray
 
     done = threading.Event()
@@ -364,7 +274,7 @@ def _relay(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
     def relay() -> None:
         while True:
             last = done.wait(_POLL_SECONDS)
-            for event in ray.get(board.drain.remote(stop.is_set())):
+            for event in ray.get(board.drain.remote(stop.is_set(), released())):
                 try:
                     on_event(event)
                 except OSError:  # nobody reads any more: commit and end

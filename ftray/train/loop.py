@@ -190,6 +190,7 @@ class _Worker:
             while not progress.finished:
                 if self._evaluation_due():
                     self.evaluate()
+                    stop = self.world.sum(float(self.channel.stop_requested()))[0] > 0 or stop
                 if train.early_stopping and progress.since_best >= train.early_stopping.patience:
                     progress.finished = "early stopping"
                 if progress.step >= self.steps:
@@ -290,6 +291,7 @@ class _Worker:
             loss=loss,
             **figures,
             target_tokens=targets,
+            trained_tokens=progress.target_tokens,
             seconds=time.perf_counter() - started,
         )
 

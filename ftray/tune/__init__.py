@@ -1,1 +1,1 @@
-"""Searches, and many runs on one base."""
+"""Searches on Ray Tune, and many runs on one base."""

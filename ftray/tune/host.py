@@ -4,6 +4,7 @@ started it may start it again elsewhere when this process dies."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import threading
@@ -13,6 +14,8 @@ from typing import Any
 
 from ftray.config import Run
 from ftray.errors import ConfigError, FtrayError, RunError
+
+_LEAVE_SECONDS = 0.1
 
 
 class _Guest:
@@ -28,6 +31,8 @@ class _Guest:
         self._go_on: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stands = threading.Event()
         self.stop = False
+        self.ended = asyncio.Event()
+        """Its thread does no more, so that the run may go on elsewhere."""
 
     # on the lane's thread
 
@@ -55,6 +60,7 @@ class _Guest:
         if self._pending is not None:
             self._tell(self._pending)
         self._tell(outcome)
+        self._loop.call_soon_threadsafe(self.ended.set)
 
     def _tell(self, what: dict[str, Any] | BaseException) -> None:
         self._loop.call_soon_threadsafe(self._told.put_nowait, what)
@@ -135,11 +141,14 @@ class Host:
         guest.release()
 
     async def leave(self, trial: str) -> None:
-        """End the lane between steps, without a commit or an artefact; unknown names are ignored."""
+        """End the lane between steps, without a commit or an artefact, and answer once it has ended; unknown names are
+        ignored."""
         guest = self._guests.pop(trial, None)
-        if guest is not None and self._base is not None:
-            self._base.expel(trial)
+        while guest is not None and self._base is not None and not guest.ended.is_set():
+            self._base.expel(trial)  # again and again: a lane that has just joined is not known there yet
             guest.release()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(guest.ended.wait(), _LEAVE_SECONDS)
 
     async def load(self) -> dict[str, int]:
         """{"lanes": runs here, "room": how many more the memory plan admits}; before the first run the room is 1."""
@@ -163,7 +172,8 @@ class Host:
             raise ConfigError(f"this run cannot share a base with others: {reason}", where=run.name)
         with self._lock:
             data = PreparedData.open(prepare(run, guest.emit))
-            self._check_commits(run, data.digest)
+            if source is None:
+                self._check_commits(run, data.digest)
             write_text(join(run.folder, "run.yaml"), run.to_yaml())
             if source is not None:
                 adopt(run, data.digest, source)

@@ -13,13 +13,18 @@ import typer
 from ftray import errors
 from ftray.cli.main import app
 from ftray.config import load_run, parse_run, recipe_names
+from ftray.config.reading import search_recipe_names
+from ftray.config.search import load_search, parse_search
+from ftray.tune.space import draw
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
 SHELL = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
 SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", README, flags=re.S | re.M))
-RUN_FILE, *ADDITIONS = [text for language, text in BLOCKS if language == "yaml"]
+YAML = [text for language, text in BLOCKS if language == "yaml"]
+SEARCHES = [text for text in YAML if "\nspace:" in text]
+RUN_FILE, *ADDITIONS = [text for text in YAML if text not in SEARCHES]
 
 
 def _commands() -> list[str]:
@@ -61,6 +66,22 @@ def test_the_run_file_is_valid_and_leaves_out_nothing_it_names():
 def test_what_may_be_added_to_the_run_file_is_valid():
     for text in ADDITIONS:
         assert parse_run(f"{RUN_FILE}\n{text}", "README", ["method={name: full}"])
+
+
+def test_searches_are_valid_and_so_are_their_runs():
+    assert SEARCHES
+    for text in SEARCHES:
+        search = parse_search(text, "README")
+        for index in range(16):
+            search.run_of(draw(search, index), index)
+    for line in _commands():
+        name, *arguments = shlex.split(line)[1:]
+        if name == "tune" and arguments[0] != "SEARCH":
+            overrides = arguments[1:]
+            if arguments[0] in search_recipe_names():
+                load_search(arguments[0], overrides)
+            else:
+                parse_search(SEARCHES[0], "README", overrides)
 
 
 def test_the_memory_figures_are_those_of_the_plan():

@@ -1,0 +1,122 @@
+"""What to try next. Random and grid are pure functions of (seed, index); Optuna's proposal also depends on the results
+so far, and is recorded before it is used."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any, Protocol
+
+from ftray.config.search import OptunaSampler, Parameter, Search
+from ftray.train.seeds import mix
+from ftray.tune.ledger import Trial
+from ftray.tune.space import Parameters, draw, grid
+
+
+class Sampler(Protocol):
+    def propose(self, index: int, trials: list[Trial]) -> Parameters:
+        """What trial `index` tries; `trials` are those before it, as far as they have come."""
+
+
+class RandomSearch:
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def propose(self, index: int, trials: list[Trial]) -> Parameters:
+        return draw(self._search, index)
+
+
+class GridSearch:
+    def __init__(self, search: Search) -> None:
+        self._grid = grid(search)
+
+    def propose(self, index: int, trials: list[Trial]) -> Parameters:
+        return self._grid[index]
+
+
+class OptunaSearch:
+    """TPE over the ledger: each proposal comes from a study made of what is known by then, with a seed of its own, so
+    that a search which was broken off proposes as if it had not been. A trial that is still running counts with its
+    best value so far as one that was cut short; one without a value keeps others from its place."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+        assert isinstance(search.sampler, OptunaSampler)
+        self._knobs = search.sampler
+
+    def propose(self, index: int, trials: list[Trial]) -> Parameters:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        knobs, modes = self._knobs, self._search.modes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(
+                seed=mix(self._search.seed, index) % 2**32,
+                n_startup_trials=knobs.startup,
+                n_ei_candidates=knobs.candidates,
+                multivariate=knobs.multivariate,
+                group=knobs.multivariate,  # conditional keys: each set of keys by itself
+                constant_liar=True,
+            )
+        study = optuna.create_study(
+            sampler=sampler, directions=["minimize" if mode == "min" else "maximize" for mode in modes]
+        )
+        for trial in trials:
+            study.add_trial(self._told(trial))
+        asked, parameters = study.ask(), Parameters()
+        for key in self._search.keys:
+            if self._search.is_active(key, parameters):
+                parameters[key] = _ask(asked, key, self._search.space[key])
+        return parameters
+
+    def _told(self, trial: Trial) -> Any:
+        import optuna
+
+        space = {key: _distribution(self._search.space[key]) for key in trial.parameters if key in self._search.space}
+        values = {key: _stored(self._search.space[key], trial.parameters[key]) for key in space}
+        scores = trial.scores(self._search)
+        state, told = optuna.trial.TrialState.RUNNING, None
+        if trial.state == "aside" or (trial.state != "open" and scores is None):
+            state = optuna.trial.TrialState.FAIL
+        elif scores is not None and trial.state != "open":
+            state, told = optuna.trial.TrialState.COMPLETE, scores
+        return optuna.trial.create_trial(state=state, params=values, distributions=space, values=told)
+
+
+def _ask(trial: Any, key: str, parameter: Parameter) -> Any:
+    values = parameter.values
+    if parameter.kind in ("choice", "grid"):
+        assert values is not None
+        return values[trial.suggest_categorical(key, list(range(len(values))))]
+    assert parameter.bounds is not None
+    low, high = parameter.bounds
+    if parameter.kind == "integers":
+        return trial.suggest_int(key, int(low), int(high), step=int(parameter.step or 1))
+    return trial.suggest_float(key, low, high, log=parameter.kind == "loguniform", step=parameter.step)
+
+
+def _distribution(parameter: Parameter) -> Any:
+    import optuna.distributions as kinds
+
+    if parameter.kind in ("choice", "grid"):
+        assert parameter.values is not None
+        return kinds.CategoricalDistribution(list(range(len(parameter.values))))
+    assert parameter.bounds is not None
+    low, high = parameter.bounds
+    if parameter.kind == "integers":
+        return kinds.IntDistribution(int(low), int(high), step=int(parameter.step or 1))
+    return kinds.FloatDistribution(low, high, log=parameter.kind == "loguniform", step=parameter.step)
+
+
+def _stored(parameter: Parameter, value: Any) -> Any:
+    """A value as Optuna holds it: of listed ones its place, since they may be of any kind."""
+    if parameter.kind in ("choice", "grid"):
+        assert parameter.values is not None
+        return next(i for i, v in enumerate(parameter.values) if json.dumps(v) == json.dumps(value))
+    return value
+
+
+def sampler_of(search: Search) -> Sampler:
+    kinds: dict[str, type[Any]] = {"random": RandomSearch, "grid": GridSearch, "optuna": OptunaSearch}
+    return kinds[search.sampler.name](search)

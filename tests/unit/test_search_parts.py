@@ -1,0 +1,300 @@
+"""What a search decides, without a cluster: the ledger, TPE, the verdicts that hold, the outcome."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from ftray.config import parse_run
+from ftray.errors import ConfigError
+from ftray.tune.driver import Hunt, open_ledger
+from ftray.tune.ledger import Ledger
+from ftray.tune.outcome import front, outcome
+from ftray.tune.samplers import sampler_of
+from ftray.tune.schedulers import Recorded, scheduler_of
+from tests.unit.test_search_config import a_search
+
+
+def told(ledger: Ledger, index: int, *losses: float, end: str = "finish", **parameters) -> None:
+    """A trial in the ledger, evaluated every 10 steps."""
+    ledger.write("trial", index=index, parameters=parameters, planned={"memory": 1.0 + index})
+    for i, loss in enumerate(losses):
+        ledger.write("result", index=index, step=10 * i + 10, loss=loss, trained_tokens=100 * i + 100)
+    if end == "finish":
+        ledger.write("finish", index=index, summary={"artefact": f"a/{index}"})
+    elif end == "stop":
+        ledger.write("stop", index=index, step=10 * len(losses))
+    elif end == "fail":
+        ledger.write("fail", index=index, error="no finite loss", aside=True)
+
+
+def state(ledger: Ledger) -> list[dict]:
+    return [vars(trial) for trial in ledger.trials]
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path) -> str:
+    return str(tmp_path / "s") if request.param == "local" else f"memory://ledger-{tmp_path.name}"
+
+
+def test_the_ledger_is_what_was_written(folder) -> None:
+    ledger = Ledger(folder)
+    told(ledger, 0, 3.0, 2.0, **{"train.learning_rate": 1e-3})
+    told(ledger, 1, 3.0, math.nan, end="stop")
+    told(ledger, 2, end="fail")
+    told(ledger, 3, 2.5, end="open")
+    ledger.write("result", index=3, step=10, loss=2.5)  # made again after a crash
+    again = Ledger(folder)
+    assert state(again) == state(ledger)
+    assert [t.state for t in again.trials] == ["finished", "stopped", "aside", "open"]
+    assert again.trials[1].best(a_search()) == (10, 3.0)
+    assert len(again.trials[3].results) == 1
+    assert again.seconds_before > 0
+
+
+def test_a_line_that_was_cut_off_never_counted(tmp_path) -> None:
+    ledger = Ledger(str(tmp_path))
+    told(ledger, 0, 3.0, end="open")
+    whole, before = (tmp_path / "search.jsonl").read_bytes(), state(ledger)
+    for cut in (1, 20, 40):
+        (tmp_path / "search.jsonl").write_bytes(whole + b'{"kind":"result","index":0,"step":20,"loss":1.5}\n'[:cut])
+        again = Ledger(str(tmp_path))
+        assert state(again) == before
+        again.write("result", index=0, step=20, loss=1.0)
+        assert Ledger(str(tmp_path)).trials[0].results[-1]["loss"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------- samplers
+
+
+def test_tpe_learns_and_proposes_again_what_it_proposed(tmp_path) -> None:
+    search = a_search("sampler={name: optuna, startup: 6}", f"output={tmp_path}")
+    ledger, sampler = Ledger(str(tmp_path)), sampler_of(search)
+    proposed = []
+    for index in range(24):
+        parameters = sampler.propose(index, ledger.trials)
+        assert parameters == sampler_of(search).propose(index, Ledger(str(tmp_path)).trials)
+        proposed.append(parameters)
+        told(ledger, index, abs(math.log10(parameters["train.learning_rate"]) + 2), **parameters)
+    distance = [abs(math.log10(p["train.learning_rate"]) + 2) for p in proposed]
+    assert sum(distance[-8:]) < sum(distance[:8]) / 2
+
+
+def test_tpe_with_conditions_failures_and_trials_that_still_run(tmp_path) -> None:
+    search = a_search(
+        "sampler={name: optuna, startup: 2}",
+        "metric=[loss, memory]",
+        "space={method.name: {choice: [lora, ia3]}, method.rank: {choice: [2, 4], when: {method.name: lora}}, "
+        "train.schedule: {choice: [cosine, {name: wsd, decay: 0.5}]}}",
+    )
+    ledger, sampler = Ledger(str(tmp_path)), sampler_of(search)
+    for index in range(9):
+        parameters = sampler.propose(index, ledger.trials)
+        assert ("method.rank" in parameters) == (parameters["method.name"] == "lora")
+        search.run_of(parameters, index)
+        told(ledger, index, 3.0 - index / 9, end=("finish", "stop", "fail", "open")[index % 4], **parameters)
+
+
+# ----------------------------------------------------------------------------------------------------------- schedulers
+
+
+@dataclass(eq=False)
+class TuneTrial:
+    trial_id: str
+    config: dict
+    status: str = "RUNNING"
+
+    def should_recover(self) -> bool:
+        return True
+
+
+class Controller:
+    def __init__(self) -> None:
+        self.trials: list[TuneTrial] = []
+
+    def get_trials(self):
+        return self.trials
+
+    def get_live_trials(self):
+        return self.trials
+
+
+class Played:
+    """Trials whose losses are known, through the scheduler in front of the ledger, in a given order of arrival."""
+
+    def __init__(self, search, folder) -> None:
+        self.search, self.ledger, self.events = search, Ledger(str(folder)), []
+        self.scheduler = Recorded(scheduler_of(search, 10, 90), search, self.ledger, self.events.append)
+        self.controller, self.trials, self.decisions = Controller(), {}, {}
+
+    def begin(self, index: int) -> None:
+        if index >= len(self.ledger.trials):
+            self.ledger.write("trial", index=index, parameters={"seed": index})
+        trial = TuneTrial(f"t{index}", {"index": index, "parameters": {"seed": index}})
+        self.trials[index] = trial
+        self.controller.trials.append(trial)
+        self.scheduler.on_trial_add(self.controller, trial)
+
+    def report(self, index: int, step: int, loss: float) -> str:
+        result = {"step": step, "loss": loss, "trained_tokens": step * 10}
+        decision = self.scheduler.on_trial_result(self.controller, self.trials[index], result)
+        self.decisions[index, step] = decision
+        if decision == "STOP":
+            self.scheduler.on_trial_complete(self.controller, self.trials[index], result)
+        return decision
+
+    def finish(self, index: int, step: int, loss: float) -> None:
+        result = {"step": step, "loss": loss, "summary": json.dumps({"artefact": "a"})}
+        self.scheduler.on_trial_complete(self.controller, self.trials[index], result)
+
+
+def loss_of(index: int, step: int) -> float:
+    return 1 + (index * 7 % 8) / 8 + 1 / step
+
+
+def play(played: Played, order) -> None:
+    """Every report in the order of arrival; a trial that was stopped reports no more."""
+    for index in range(8):
+        played.begin(index)
+    for index, step in order:
+        if played.ledger.trials[index].state != "stopped" or (index, step) not in played.decisions:
+            ended = any(played.decisions.get((index, s)) == "STOP" for s in range(10, step, 10))
+            if not ended:
+                played.report(index, step, loss_of(index, step))
+
+
+@pytest.mark.parametrize("scheduler", ["{name: asha, grace: 10, reduction: 3}", "{name: median, trials: 2}"])
+def test_verdicts_hold_when_reports_come_again_in_another_order(tmp_path, scheduler) -> None:
+    search = a_search(f"scheduler={scheduler}")
+    first = Played(search, tmp_path)
+    play(first, [(index, step) for step in range(10, 90, 10) for index in range(8)])
+    stopped = {t.index: t.step for t in first.ledger.trials if t.state == "stopped"}
+    assert 2 <= len(stopped) < 8
+    assert 0 not in stopped, "the best"
+
+    again = Played(search, tmp_path)
+    text = (tmp_path / "search.jsonl").read_bytes()
+    play(again, [(i, s) for i in reversed(range(8)) for s in range(10, first.ledger.trials[i].step + 1, 10)])
+    assert {t.index: t.step for t in again.ledger.trials if t.state == "stopped"} == stopped
+    assert {k: v for k, v in again.decisions.items() if v == "STOP"} == dict.fromkeys(stopped.items(), "STOP")
+    assert (tmp_path / "search.jsonl").read_bytes() == text, "nothing is told twice"
+
+
+def test_asha_knows_afterwards_what_it_knew_before(tmp_path) -> None:
+    """The next new trial is judged as in the search that was never broken off."""
+    search = a_search("scheduler={name: asha, grace: 10, reduction: 3}")
+    first = Played(search, tmp_path)
+    play(first, [(index, 10) for index in range(8)])
+    again = Played(search, tmp_path)
+    play(again, [(index, 10) for index in reversed(range(8))])
+    for played in (first, again):
+        rungs = played.scheduler._inner._brackets[0]._rungs
+        assert sorted(rungs[-1][1].values()) == sorted(-loss_of(i, 10) for i in range(8))
+
+
+def test_a_report_is_written_before_it_is_judged(tmp_path) -> None:
+    played = Played(a_search("scheduler=asha"), tmp_path)
+    played.begin(0)
+    seen = []
+
+    def judge(controller, trial, result):
+        seen.extend(Ledger(str(tmp_path)).trials[0].results)
+        raise KeyboardInterrupt
+
+    played.scheduler._inner.on_trial_result = judge
+    with pytest.raises(KeyboardInterrupt):
+        played.report(0, 10, 3.0)
+    assert [r["loss"] for r in seen] == [3.0]
+
+
+def test_losses_that_are_not_finite_are_the_worst(tmp_path) -> None:
+    played = Played(a_search("scheduler={name: asha, grace: 10, reduction: 3}"), tmp_path)
+    for index in range(5):
+        played.begin(index)
+        decision = played.report(index, 10, math.nan if index == 4 else 2.0 - index / 10)
+    assert decision == "STOP"
+    assert played.ledger.trials[4].best(played.search) is None
+
+
+def test_ends_failures_and_lost_actors(tmp_path) -> None:
+    played = Played(a_search(), tmp_path)
+    for index in range(4):
+        played.begin(index)
+    played.report(0, 10, 2.0)
+    played.finish(0, 20, 1.5)
+    assert (played.ledger.trials[0].state, played.ledger.trials[0].step) == ("finished", 20)
+    retry = {"retry": "a worker was lost", "step": 10}
+    assert played.scheduler.on_trial_result(played.controller, played.trials[1], retry) == "CONTINUE"
+    assert (played.ledger.trials[1].failures, played.ledger.trials[1].state) == (1, "open")
+    played.scheduler.on_trial_complete(played.controller, played.trials[1], {"failed": "it did it again"})
+    assert (played.ledger.trials[1].state, played.ledger.trials[1].error) == ("aside", "it did it again")
+    played.report(2, 10, 2.0)
+    played.scheduler.on_trial_error(played.controller, played.trials[2])
+    played.scheduler.on_trial_add(played.controller, played.trials[2])
+    assert played.report(2, 10, 2.0) == "CONTINUE"
+    assert len(played.ledger.trials[2].results) == 1
+    played.scheduler.on_trial_complete(played.controller, played.trials[3], {"interrupted": True})
+    assert played.ledger.trials[3].state == "open"
+
+
+# -------------------------------------------------------------------------------------------------- outcome and budgets
+
+
+def test_the_outcome_and_the_best_run_file(tmp_path) -> None:
+    search = a_search(f"output={tmp_path}")
+    ledger = Ledger(str(tmp_path))
+    told(ledger, 0, 3.0, 2.0, **{"train.learning_rate": 0.01})
+    told(ledger, 1, 1.0, end="stop", **{"train.learning_rate": 0.02})
+    told(ledger, 2, 3.0, 1.5, 1.7, **{"train.learning_rate": 0.03})
+    told(ledger, 3, end="fail", **{"train.learning_rate": 0.04})
+    found = outcome(search, ledger)
+    assert (found["finished"], found["stopped"], found["aside"], found["steps"]) == (2, 1, 1, 60)
+    assert found["best"]["index"] == 2, "the best of those that have an artefact"
+    assert (found["best"]["values"], found["best"]["step"]) == ({"loss": 1.5}, 20)
+    run = parse_run((tmp_path / "best.yaml").read_text(), "best.yaml")
+    assert run == search.run_of({"train.learning_rate": 0.03}, 2)
+
+
+def test_the_front_has_what_nothing_beats(tmp_path) -> None:
+    search = a_search("sampler=optuna", "metric=[loss, memory]", f"output={tmp_path}")
+    ledger = Ledger(str(tmp_path))  # memory is 1, 2, 3 … GiB
+    for index, loss in enumerate([2.0, 2.5, 1.0, 1.5, 1.0, 0.5]):
+        told(ledger, index, loss)
+    assert [t.index for t in front(ledger.trials, search)] == [5, 2, 0]
+
+
+@pytest.mark.parametrize(("budget", "spent"), [("steps=50", True), ("steps=51", False), ("target_tokens=500", True)])
+def test_budgets_count_all_trials(tmp_path, budget, spent) -> None:
+    search = a_search(f"budget.{budget}", f"output={tmp_path}")
+    ledger = Ledger(str(tmp_path))
+    told(ledger, 0, 3.0, 2.0, 1.0)
+    told(ledger, 1, 3.0, 2.0, end="open")
+    hunt = Hunt(search, ledger, lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    assert hunt.budget_spent() is spent
+    assert (hunt.suggest() == "FINISHED") is spent
+
+
+def test_a_folder_of_another_search_is_refused_and_what_is_free_may_change(tmp_path) -> None:
+    told(open_ledger(a_search(f"output={tmp_path}")), 0, 3.0)
+    with pytest.raises(ConfigError, match=r"space\.method\.rank\.choice"):
+        open_ledger(a_search(f"output={tmp_path}", "space.method.rank.choice=[2]"))
+    assert yaml.safe_load((tmp_path / "search.yaml").read_text())["samples"] == 16
+    assert len(open_ledger(a_search(f"output={tmp_path}", "samples=99", "budget.steps=5")).trials) == 1
+
+
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_rows_are_prepared_before_trials_hold_all_cpus(tmp_path, monkeypatch, sampler) -> None:
+    """Afterwards Ray Data would wait for a CPU that no trial gives back."""
+    search = a_search(f"sampler={sampler}", "samples=3", f"output={tmp_path}")
+    hunt = Hunt(search, Ledger(str(tmp_path)), lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    prepared = []
+    monkeypatch.setattr(hunt.plans, "prepare", lambda run: prepared.append(run.data))
+    hunt.check_ahead()
+    hunt.prepare_ahead()
+    assert prepared
+    assert {str(data) for data in prepared} == {str(search.run_of({}, 0).data)}
