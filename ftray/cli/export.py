@@ -40,7 +40,7 @@ def export_command(
 
     artefacts = [Exported.of(run, folder_of(name, run.folder)) for run, name in runs]
     combination = Combination(combine, parsed, density, rank, seed or 0) if combine else None
-    with nullcontext() if verbose else _quiet():
+    with nullcontext() if verbose else quiet():
         written = export(artefacts, to, merge=merge, precision=precision, combination=combination)
     if as_json:
         print(json.dumps({"to": to, **written}, indent=2, ensure_ascii=False))
@@ -49,7 +49,7 @@ def export_command(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' progress bars and warnings."""
     from transformers.utils import logging as bars
 

@@ -171,6 +171,102 @@ def train(
 
 
 @app.command()
+def evaluate(
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SYSTEM… [KEY=VALUE…]",
+            help="Finished runs, adapters' or models' folders, names in a registry, endpoints (https://host/v1#model);"
+            " and keys of the run file's `evaluate` to change: decoding.max_tokens=60",
+            show_default=False,
+        ),
+    ],
+    like: Annotated[
+        str | None,
+        typer.Option("--like", metavar="RUN", help="Ask as this run says; default: the first SYSTEM that is a run."),
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="NAME,…", help="Judge answers by these; e2e: five.")] = None,
+    examples: Annotated[
+        str | None, typer.Option(metavar="K,…", help="Baselines: the base with K training rows in its prompt.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FOLDER", help="Keep the result there; default: the first run's.")
+    ] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Every system on every run's held-out rows: what each forgot.")
+    ] = False,
+    general: Annotated[
+        list[str] | None,
+        typer.Option("--general", metavar="FILE", help="With --matrix: general text, a row a line; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, at most.", min=1)] = None,
+    registry: RegistryUri = None,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The libraries' output, and tracebacks.")] = False,
+) -> None:
+    """Measure what tuning changed: each system beside the base that it began as.
+
+    Losses on target tokens of the run's held-out rows (or of `evaluate.rows`); and, with metrics, answers to them,
+    judged against their references, with 95 % intervals and paired tests, since test sets are small. The base is asked
+    as it is and with examples in its prompt. Each base is loaded once, and all adapters on it answer in one pass. Every
+    answer is kept in the run's folder, and the report shows them.
+
+    Metrics: bleu nist meteor coco_rouge_l cider (together: e2e), chrf, rouge_1 rouge_2 rouge_l, exact_match, accuracy,
+    macro_f1, numeric_answer, valid_json, json_schema, distinct_1 distinct_2, words. Most need ftray[evaluate].
+
+    ftray evaluate runs/cheese
+
+    ftray evaluate runs/e2e-lora runs/e2e-full --metrics e2e --examples 0,5 decoding.max_tokens=80
+
+    ftray evaluate runs/one runs/two runs/three --matrix --general english.txt
+    """
+    from ftray.cli.evaluate import evaluate_command, matrix_command
+
+    if matrix:
+        if odd := next((o for o, v in (("--like", like), ("--metrics", metrics), ("--examples", examples)) if v), None):
+            raise UsageError(f"{odd} does not go with --matrix, which asks each task as its own run says")
+        matrix_command(
+            systems, general=general or [], limit=limit, to=to, registry=registry, as_json=as_json, verbose=verbose
+        )
+        return
+    if general:
+        raise UsageError("--general goes with --matrix")
+    if limit:
+        systems = [*systems, f"limit={limit}"]
+    evaluate_command(
+        systems,
+        like=like,
+        metrics=metrics,
+        examples=examples,
+        to=to,
+        registry=registry,
+        as_json=as_json,
+        verbose=verbose,
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs: folders, run files or recipes.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FILE", help="Of several runs: where the page goes.")
+    ] = "comparison.html",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a run's page anew; or one page that compares several runs.
+
+    A page is one file that needs no network. `ftray train` and `ftray evaluate` make a run's own, report.html, by
+    themselves.
+
+    ftray report runs/e2e-lora runs/e2e-full --to e2e.html
+    """
+    from ftray.cli.report import report_command
+
+    report_command(runs, to, as_json=as_json)
+
+
+@app.command()
 def export(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs: folders, run files or recipes.")],
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new folder, or an fsspec URI.")],

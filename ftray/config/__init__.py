@@ -17,6 +17,7 @@ from ftray.config.data import (
     Source,
     TextFormat,
 )
+from ftray.config.evaluation import Decoding, Evaluation
 from ftray.config.methods import (
     IA3,
     LOW_RANK,
@@ -48,7 +49,9 @@ __all__ = [
     "AdaLoRA",
     "Bottleneck",
     "Data",
+    "Decoding",
     "DoRA",
+    "Evaluation",
     "Format",
     "Freeze",
     "Full",

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from ftray.config.data import Data
+from ftray.config.evaluation import Evaluation
 from ftray.config.methods import Method
 from ftray.config.refusals import refusals
 from ftray.config.strict import Strict, by_name
@@ -101,6 +102,9 @@ class Run(Strict):
     """A name, or a mapping with `name` and its keys."""
     strategy: Strategy | None = None
     """DeepSpeed ZeRO; null: every worker holds the whole model (torch's DDP)."""
+    evaluate: Evaluation | None = None
+    """What `ftray evaluate` asks of the tuned model and of baselines; null: losses on the held-out rows alone. Training
+    does not look at it."""
     workers: Workers = Workers()
     logging: Logging = Logging()
     output: str = "runs/{name}"

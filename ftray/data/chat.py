@@ -47,6 +47,11 @@ class ChatTemplate:
             spans.append(self._span(turns[:i], before, after))
         return text, spans
 
+    def prompt(self, messages: Messages) -> str:
+        """The text up to where the assistant is to speak. Raises BadRow."""
+        [text], _ = self._run([list(messages)], prompt=True)
+        return text
+
     def _span(self, turns: Messages, before: str, after: str) -> tuple[int, int]:
         start = len(before)
         if not after.startswith(before):

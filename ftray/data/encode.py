@@ -83,6 +83,10 @@ class Encoder:
                 results[i] = self._targets(batch[i], encoding, everything)
         return results
 
+    def ids(self, text: str, *, special: bool) -> tuple[int, ...]:
+        """The tokens of a text alone; `special`: with those that the tokenizer adds to any text."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
     def _targets(self, item: Rendered, encoding: Encoding, everything: bool) -> tuple[np.ndarray, np.ndarray]:
         ids = encoding.ids
         if item.whole:

@@ -193,11 +193,16 @@ class _Work:
         """Held out or not, by the row's whole content: equal rows fall on one side."""
         if self.fragment.split == "held_out" or not self.job.threshold:
             return self.fragment.split
-        salt = self.job.seed.to_bytes(8, "little")
-        value = int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8, key=salt).digest(), "little")
+        value = content_hash(tokens, self.job.seed)
         low, high = self._hashes or (value, value)
         self._hashes = min(low, value), max(high, value)
         return "held_out" if value < self.job.threshold else "train"
+
+
+def content_hash(tokens: np.ndarray, seed: int) -> int:
+    """Of 2**64: what decides on which side of `held_out_fraction` a row falls."""
+    salt = seed.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8, key=salt).digest(), "little")
 
 
 def _batches(rows: Iterable[_Texts]) -> Iterator[list[_Texts]]:

@@ -18,7 +18,15 @@ Series = tuple[np.ndarray, np.ndarray]
 """x (steps) and y, of equal length."""
 
 _INK, _FAINT, _ACCENT, _SECOND, _THIRD = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {_INK: "--muted", _FAINT: "--line", _ACCENT: "--accent", _SECOND: "--second", _THIRD: "--third"}
+_TEXT = "#060606"
+_VARIABLES = {
+    _TEXT: "--ink",
+    _INK: "--muted",
+    _FAINT: "--line",
+    _ACCENT: "--accent",
+    _SECOND: "--second",
+    _THIRD: "--third",
+}
 _MAX_POINTS = 800
 """More are averaged: a pixel holds one."""
 
@@ -77,9 +85,16 @@ def thin(series: Series, points: int = _MAX_POINTS) -> Series:
 
 
 def loss_curves(
-    steps: Series, smoothed: Series, held_out: Series, base: float | None, best_step: int | None, unit: str
+    steps: Series,
+    smoothed: Series,
+    held_out: Series,
+    base: float | None,
+    best_step: int | None,
+    unit: str,
+    marks: Sequence[tuple[int, str]] = (),
 ) -> str:
-    """Training loss raw and smoothed, held-out loss with a mark at each evaluation, the base's as a level line."""
+    """Training loss raw and smoothed, held-out loss with a mark at each evaluation, the base's as a level line. `marks`
+    are steps with what was found there."""
 
     def draw(axes: Any) -> None:
         if len(steps[0]):
@@ -94,6 +109,13 @@ def loss_curves(
             if best_step is not None and best_step in x:
                 at = y[list(x).index(best_step)]
                 axes.plot([best_step], [at], "o", ms=11, mfc="none", mec=_SECOND, mew=1.4, label="the best, kept")
+        for number, (step, what) in enumerate(marks):
+            axes.axvline(step, color=_THIRD, linewidth=1.2, dashes=(2, 2))
+            left = step < sum(axes.get_xlim()) / 2
+            axes.annotate(
+                what, (step, 1), xycoords=("data", "axes fraction"), xytext=(5 if left else -5, -3 - 15 * number),
+                ha="left" if left else "right", va="top", textcoords="offset points", color=_THIRD, fontsize=11,
+            )  # fmt: skip
         axes.set_ylabel(f"nats per {unit}")
         _legend(axes)
 
@@ -140,6 +162,58 @@ def histogram(edges: Sequence[float], counts: Sequence[int], mark: int | None) -
     return _svg("lengths", "Histogram of the rows' lengths in tokens", draw, (6.8, 3.8), x_label=None)
 
 
+def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, own: Sequence[int | None]) -> str:
+    """[rows, columns]: change of loss since the base, fallen in one colour, risen in another; NaN is left empty. A cell
+    with an outline is a system's own task."""
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    small = len(columns) > 12
+
+    def draw(axes: Any) -> None:
+        for i in range(len(rows)):
+            for j in range(len(columns)):
+                value = values[i, j]
+                if np.isnan(value):
+                    continue
+                share = (abs(value) / most) ** 0.5  # small changes are to be seen beside large ones
+                colour = to_rgba(_ACCENT if value < 0 else _SECOND, 0.75 * share)
+                axes.add_patch(Rectangle((j, i), 1, 1, facecolor=colour[:3], alpha=colour[3], linewidth=0))
+                if not small:
+                    text = f"{value:+.2f}" if abs(value) >= 0.005 else "0"
+                    axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=_TEXT, fontsize=10.5)
+        for i, task in enumerate(own):
+            if task is not None:
+                axes.add_patch(Rectangle((task, i), 1, 1, fill=False, edgecolor=_TEXT, linewidth=1.1))
+        axes.set_xlim(0, len(columns))
+        axes.set_ylim(len(rows), 0)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=50 if len(columns) > 3 else 0,
+                        ha="right" if len(columns) > 3 else "center")  # fmt: skip
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        axes.grid(visible=False)
+
+    height = min(1.6 + (0.28 if small else 0.42) * len(rows), 14)
+    return _svg("heat", "Change of each system's loss on each task since the base", draw, (14, height), x_label=None)
+
+
+def held_out_curves(runs: Sequence[tuple[str, Series]], unit: str) -> str:
+    """Held-out losses of several runs, told apart by colour and by stroke."""
+    strokes = [(None, None), (5, 2), (1, 1.5), (8, 2, 1, 2)]
+
+    def draw(axes: Any) -> None:
+        for number, (name, (x, y)) in enumerate(runs):
+            colour = (_ACCENT, _SECOND, _THIRD)[number % 3]
+            (line,) = axes.plot(x, y, color=colour, marker="o", markersize=4, label=name)
+            dashes = strokes[number // 3 % len(strokes)]
+            if dashes[0] is not None:
+                line.set_dashes(dashes)
+        axes.set_ylabel(f"nats per {unit}")
+        axes.legend(loc="upper right")
+
+    return _svg("runs", "Held-out losses of the runs against steps", draw, (14, 5.4))
+
+
 def _legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
@@ -164,7 +238,7 @@ def _svg(
         if x_label:
             axes.set_xlabel(x_label)
         for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_scale() == "linear":
+            if axis.get_scale() == "linear" and type(axis.get_major_formatter()).__name__ == "ScalarFormatter":
                 axis.set_major_formatter(_short_number())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -29,6 +29,12 @@ class RunRecord:
     events: list[Event]
     summary: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """`evaluation/result.json` of `ftray evaluate`."""
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """`evaluation/answers.jsonl`: one for each question."""
+    matrix: dict[str, Any] = field(default_factory=dict)
+    """`evaluation/matrix.json` of `ftray evaluate --matrix`."""
 
     def of(self, *kinds: str) -> list[Event]:
         return [e for e in self.events if e.get("kind") in kinds]
@@ -64,6 +70,9 @@ def read_record(folder: str) -> RunRecord:
         events=_events(join(folder, "metrics.jsonl")),
         summary=_mapping(join(folder, "summary.json")),
         facts=data_facts(folder),
+        evaluation=_mapping(join(folder, "evaluation", "result.json")),
+        answers=_objects(join(folder, "evaluation", "answers.jsonl")),
+        matrix=_mapping(join(folder, "evaluation", "matrix.json")),
     )
 
 
@@ -105,20 +114,25 @@ def _mapping(uri: str) -> dict[str, Any]:
 
 
 def _events(uri: str) -> list[Event]:
-    """The lines of metrics.jsonl; the last may be cut off by a crash, and is then no event."""
+    """The lines of metrics.jsonl that are events."""
+    return [event for event in _objects(uri) if isinstance(event.get("kind"), str)]
+
+
+def _objects(uri: str) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; the last may be cut off by a crash, and is then none."""
     try:
         lines = read_text(uri).splitlines()
     except (OSError, UnicodeDecodeError):
         return []
-    events = []
+    found = []
     for line in lines:
         try:
-            event = json.loads(line)
+            value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and isinstance(event.get("kind"), str):
-            events.append(event)
-    return events
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def _number(value: Any) -> float:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ftray.evaluate import plots
+from ftray.evaluate import plots, sections
+from ftray.evaluate.diagnosis import Curves, Finding, diagnose
 from ftray.evaluate.record import Event, RunRecord, read_record
 from ftray.manifest import join, write_text
 from ftray.redact import redact
@@ -31,17 +32,23 @@ def write_report(folder: str) -> str:
 
 def render(record: RunRecord) -> str:
     """The page as text."""
+    return environment().get_template("report.html").render(page(record))
+
+
+def environment() -> Any:
+    """jinja2's, with the pages' templates and filters."""
     import jinja2
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("ftray.evaluate"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count, "loss": loss, "duration": duration, "share": share, "short": short}
-    return environment.get_template("report.html").render(page(record))
+    made.filters |= {"count": count, "loss": loss, "duration": duration, "share": share, "short": short}
+    made.filters |= {"signed": signed, "capitalize_first": capitalize_first}
+    return made
 
 
 def page(record: RunRecord) -> dict[str, Any]:
@@ -57,6 +64,11 @@ def page(record: RunRecord) -> dict[str, Any]:
         "evaluations": some_evaluations(record, comparison),
         "plots": {name: Markup(svg) for name, svg in draw(record, comparison).items()},
         "captions": captions(record),
+        "findings": findings_of(record),
+        "evaluated": sections.evaluated(record),
+        "examples": sections.examples(record),
+        "extremes": sections.extremes(record),
+        "matrix": sections.matrix(record),
         "data": data_section(record),
         "happened": happened(record)[:_SHOWN],
         "happened_more": max(0, len(happened(record)) - _SHOWN),
@@ -208,6 +220,11 @@ def happened(record: RunRecord) -> list[dict[str, Any]]:
     return lines
 
 
+def findings_of(record: RunRecord) -> list[Finding]:
+    """What the curves say went wrong; nothing about preferences, whose loss has another scale."""
+    return diagnose(Curves.of(record)) if unit(record) == "target token" else []
+
+
 # ------------------------------------------------------------------------------------------------------------ the plots
 
 
@@ -221,7 +238,10 @@ def draw(record: RunRecord, comparison: dict[str, Any] | None) -> dict[str, str]
         held_out = np.array([e["step"] for e in found]), np.array([e["loss"] for e in found])
         base = comparison["base"] if comparison else None
         best = comparison["step"] if comparison and comparison["which"] == "best" else None
-        drawn["loss"] = plots.loss_curves((steps, losses), (steps, smoothed), held_out, base, best, unit(record))
+        marks = [(finding.step, finding.kind) for finding in findings_of(record)]
+        drawn["loss"] = plots.loss_curves((steps, losses), (steps, smoothed), held_out, base, best, unit(record), marks)
+    if record.matrix.get("systems"):
+        drawn["heat"] = sections.heat(record)
     clip = _part(record, "train").get("clip_norm")
     for name, key, label, axis in (
         ("rate", "learning_rate", "Learning rate against steps", "learning rate"),
@@ -277,6 +297,14 @@ def short(value: Any) -> str:
             scaled = value / (1e3 if unit == "k" else size)
             return f"{scaled:.{2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0}f}{unit}"
     return f"{value:,.0f}" if abs(value) >= 100 or float(value).is_integer() else f"{value:.2f}"
+
+
+def signed(value: Any) -> str:
+    return f"{value:+.3f}" if _finite(value) else "–"
+
+
+def capitalize_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def share(value: Any) -> str:

@@ -1,0 +1,239 @@
+"""`ftray evaluate`: what runs, adapters, models and endpoints are worth, beside the bases that they began as."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import nullcontext
+from typing import Any
+
+from ftray.cli.console import open_console
+from ftray.cli.words import count, duration, facts, table
+from ftray.config import Evaluation, Run, load_run
+from ftray.config.explain import explain
+from ftray.errors import ConfigError
+
+_OVERRIDE = re.compile(r"[a-z_]+(?:\.[a-z_0-9]+)*=")
+
+
+def evaluate_command(
+    names: list[str],
+    *,
+    like: str | None,
+    metrics: str | None,
+    examples: str | None,
+    to: str | None,
+    registry: str | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    overrides = [name for name in names if _OVERRIDE.match(name)]
+    systems_named = [name for name in names if name not in overrides]
+    if not systems_named:
+        raise ConfigError("which system?", hint="name a run, a folder, an adapter of a registry or an endpoint")
+    if metrics is not None:
+        overrides.append(f"metrics=[{metrics}]")
+    if examples is not None:
+        overrides.append(f"examples=[{examples}]")
+
+    from ftray.cli.export import quiet
+    from ftray.cli.publish import VARIABLE
+    from ftray.evaluate.evaluation import evaluate, task_of
+    from ftray.evaluate.results import to_json, write_result
+    from ftray.evaluate.systems import resolved
+
+    with open_console(as_json=as_json) as console, nullcontext() if verbose else quiet():
+        with resolved(systems_named, registry or os.environ.get(VARIABLE)) as systems:
+            as_run = load_run(like) if like else next((s.run for s in systems if s.run is not None), None)
+            task = task_of(systems, as_run, settings_of(as_run, overrides))
+            result = evaluate(systems, task, console)
+        folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
+        written = None
+        if folder is not None:
+            console({"kind": "status", "text": "writing the result"})
+            written = write_result(folder, result)
+    found = to_json(result)
+    report = _report(folder, console) if folder is not None else None
+    if as_json:
+        print(json.dumps({"kind": "evaluation", **found, "written": written, "report": report}, ensure_ascii=False))
+        return
+    print(f"\n{result_text(found)}\n")
+    places = [("answers", written)] if written else []
+    places += [("report", report)] if report else []
+    if places:
+        print(facts(places, indent=0))
+    else:
+        print("nothing was kept; --to FOLDER keeps every answer and the result")
+
+
+def matrix_command(
+    names: list[str],
+    *,
+    general: list[str],
+    limit: int | None,
+    to: str | None,
+    registry: str | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    from ftray.cli.export import quiet
+    from ftray.cli.publish import VARIABLE
+    from ftray.evaluate.matrix import columns_of, cross, general_sources, matrix_json
+    from ftray.evaluate.results import write_matrix
+    from ftray.evaluate.systems import resolved
+
+    if odd := next((name for name in names if _OVERRIDE.match(name)), None):
+        raise ConfigError(
+            "a matrix asks each task as its own run says", where=odd, hint="leave it out; --limit is heeded"
+        )
+    with open_console(as_json=as_json) as console, nullcontext() if verbose else quiet():
+        with resolved(names, registry or os.environ.get(VARIABLE)) as systems:
+            matrix = cross(systems, columns_of(systems, general_sources(general), limit), console)
+        folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
+        written = write_matrix(folder, matrix) if folder is not None else None
+    found, report = matrix_json(matrix), _report(folder, console) if folder is not None else None
+    if as_json:
+        print(json.dumps({"kind": "matrix", **found, "written": written, "report": report}, ensure_ascii=False))
+        return
+    print(f"\n{matrix_text(found)}\n")
+    places = [(name, where) for name, where in (("matrix", written), ("report", report)) if where]
+    if places:
+        print(facts(places, indent=0))
+
+
+_WIDE = 8
+"""Tasks that a terminal has columns for; of more, sums alone are shown."""
+
+
+def matrix_text(found: dict[str, Any]) -> str:
+    """Losses of every system on every task, with the change since the base; and scores, where tasks have metrics."""
+    tasks = [task["name"] for task in found["tasks"]]
+    lines = []
+    if len(tasks) <= _WIDE:
+        rows = [
+            [system["name"], *(_change(loss, lost) for loss, lost in zip(losses, changes, strict=True))]
+            for system, losses, changes in zip(found["systems"], found["losses"], found["forgetting"], strict=True)
+        ]
+        lines += [
+            "loss, nats a target token (and less the base's)",
+            table(["system", *tasks], rows, right=range(1, 99)),
+        ]
+        if any(task["metric"] for task in found["tasks"]):
+            named = [f"{task['name']}: {task['metric']}" if task["metric"] else task["name"] for task in found["tasks"]]
+            rows = [
+                [system["name"], *("–" if score is None else f"{score:.4f}" for score in scores)]
+                for system, scores in zip(found["systems"], found["scores"], strict=True)
+            ]
+            lines += ["", table(["system", *named], rows, right=range(1, 99))]
+    else:
+        rows = [_summary(found, i) for i in range(len(found["systems"]))]
+        head = ["system", "own loss", "change", "others' loss", "change", "own score", "others' score"]
+        lines.append(table(head, rows, right=range(1, 7)))
+    lines.append(f"\n{len(found['systems'])} systems × {len(tasks)} tasks in {duration(found['seconds'])}")
+    return "\n".join(lines)
+
+
+def _change(loss: float | None, lost: float | None) -> str:
+    return "–" if loss is None or lost is None else f"{loss:.3f} ({lost:+.3f})"
+
+
+def _summary(found: dict[str, Any], i: int) -> list[str]:
+    own = found["systems"][i]["own"]
+
+    def mean(values: list[float | None], of_own: bool) -> str:
+        known = [v for j, v in enumerate(values) if v is not None and (j == own) == of_own]
+        return f"{sum(known) / len(known):.3f}" if known else "–"
+
+    cells = [found["systems"][i]["name"]]
+    for of_own in (True, False):
+        cells += [mean(found["losses"][i], of_own), mean(found["forgetting"][i], of_own)]
+    return [*cells, mean(found["scores"][i], True), mean(found["scores"][i], False)]
+
+
+def settings_of(run: Run | None, overrides: list[str]) -> Evaluation | None:
+    """The run's `evaluate` with the command line's keys; None where neither says anything. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    from ftray.config.reading import override
+
+    if not overrides:
+        return run.evaluate if run else None
+    raw: dict[str, Any] = run.evaluate.model_dump(mode="json") if run and run.evaluate else {}
+    for item in overrides:
+        override(raw, item)
+    try:
+        return Evaluation.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n  ".join(explain(error, Evaluation)), where="evaluate") from None
+
+
+def _report(folder: str, console: Any) -> str | None:
+    """Where the run's page lies, made anew; None where the folder is no run's."""
+    from ftray.evaluate.report import write_report
+    from ftray.manifest import filesystem, join
+
+    fs, path = filesystem(join(folder, "run.yaml"))
+    if not fs.exists(path):
+        return None
+    try:
+        return str(write_report(folder))
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with the page, the evaluation is whole
+        console({"kind": "warning", "text": f"no report: {type(error).__name__}: {error}"})
+        return None
+
+
+def result_text(found: dict[str, Any]) -> str:
+    """The table: each system's loss, scores with the half of their 95 % interval, and what a request costs."""
+    names = [metric["name"] for metric in found["metrics"]]
+    head = ["system", "loss", "perplexity", *names]
+    asked = bool(names)
+    if asked:
+        head += ["prompt", "answer"]
+    rows = [_row(system, found, names, asked) for system in found["systems"]]
+    lines = [table(head, rows, right=range(1, len(head))), ""]
+    from ftray.evaluate.results import decoding_text
+
+    about = f"{count(found['questions'])} questions with {count(found['references'])} references"
+    lines.append(f"{about}, losses of {count(found['loss_rows'])} rows; {duration(found['seconds'])}")
+    if asked:
+        lines.append(f"{decoding_text(found['settings']['decoding'])}; prompt and answer: mean tokens of a request")
+        lines.append("±: half of a 95 % bootstrap interval; *: differs from the first line, p < 0.05 (paired test)")
+    for system in found["systems"]:
+        if system["examples"] and system["examples_shown"] < system["examples"] and asked:
+            fitted = f"{system['examples_shown']:.1f} of {system['examples']}"
+            lines.append(f"{system['name']}: {fitted} examples fitted into the base's positions, on average")
+        if system["rows_too_long"]:
+            lines.append(f"{system['name']}: {count(system['rows_too_long'])} rows are too long, their loss is not in")
+        if system["cut_off"]:
+            lines.append(f"{system['name']}: {count(system['cut_off'])} answers cut off at max_tokens")
+    lines += found["overlap"]["lines"]
+    lines += [f"{name}: {line}" for name, told in found["diagnosis"].items() for line in told]
+    return "\n".join(lines)
+
+
+def _row(system: dict[str, Any], found: dict[str, Any], names: list[str], asked: bool) -> list[str]:
+    marks = {
+        name: difference["p"] < 0.05
+        for pair in found["differences"]
+        if pair["system"] == system["name"] and pair["than"] == found["systems"][0]["name"]
+        for name, difference in pair["metrics"].items()
+        if difference
+    }
+
+    def shown(name: str, score: float | None, low: float | None, high: float | None) -> str:
+        if score is None:
+            return "–"
+        half = f" ±{(high - low) / 2:.3f}" if low is not None and high is not None else ""
+        return f"{score:.4f}{half}{'*' if marks.get(name) else ' '}"
+
+    cells = [system["name"], shown("loss", system["loss"], system["loss_low"], system["loss_high"])]
+    cells.append(f"{system['perplexity']:,.2f}" if system["perplexity"] is not None else "–")
+    for name in names:
+        score = system["scores"].get(name)
+        cells.append(shown(name, score["score"], score["low"], score["high"]) if score else "–")
+    if asked:
+        cells += [
+            f"{system[key]:,.0f}" if system[key] is not None else "–" for key in ("prompt_tokens", "answer_tokens")
+        ]
+    return cells

@@ -1,0 +1,387 @@
+"""`evaluate`: systems and baselines over the same rows: losses, answers, scores, intervals, tests.
+
+    with resolved(["runs/cheese"]) as systems:
+        result = evaluate(systems, task_of(systems), print)
+
+Each base is loaded once: all that stands on it, its adapters and itself with any number of examples in front, answers
+in one pass of the engine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftray.config import Evaluation, Run, Source
+from ftray.data.encode import Vocabulary
+from ftray.data.tokenizer import load_tokenizer
+from ftray.engine.engine import load_base
+from ftray.errors import ConfigError, DataError, UserError
+from ftray.evaluate.answers import Answer, Prompt, answers_of
+from ftray.evaluate.losses import LossRow, row_losses
+from ftray.evaluate.overlap import Overlap, overlap
+from ftray.evaluate.questions import BETWEEN, Asked, Examples, Prompter, Question, questions_of, read_rows, split_rows
+from ftray.evaluate.scores.metric import Measured, Metric
+from ftray.evaluate.scores.registry import opened
+from ftray.evaluate.statistics import Difference, Interval, compare, interval, resamples
+from ftray.evaluate.systems import BaseKey, System, baselines
+from ftray.model.load import DTYPES
+from ftray.model.served import Adapter, Base
+
+OnEvent = Callable[[dict[str, Any]], None]
+_TRAIN_ROWS = 100_000
+"""Training rows that are looked at, at most: for examples, and for duplicates of held-out ones."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all systems are asked."""
+
+    settings: Evaluation
+    questions: list[Question]
+    rows: list[Asked]
+    """Each row with its own answer: what losses are taken of."""
+    train: list[Asked]
+    """Training rows, the first of them: for examples in prompts, and to see which held-out rows are among them."""
+    train_missing: str | None
+    """Why there are none."""
+    sources: list[Source]
+    seed: int
+    name: str
+
+
+@dataclass
+class Outcome:
+    """One system's part of the result."""
+
+    system: System
+    answers: list[Answer] = field(default_factory=list)
+    losses: np.ndarray | None = None
+    """Sum of each row's targets in nats; None where none can be taken."""
+    target_tokens: np.ndarray | None = None
+    skipped_rows: int = 0
+    """Rows too long for this base."""
+    shown: list[int] = field(default_factory=list)
+    """Examples that fitted in front of each question."""
+    measured: dict[str, Measured] = field(default_factory=dict)
+    intervals: dict[str, Interval | None] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float | None:
+        if self.losses is None or self.target_tokens is None or not self.target_tokens.sum():
+            return None
+        return float(self.losses.sum() / self.target_tokens.sum())
+
+
+@dataclass(frozen=True)
+class Result:
+    task: Task
+    metrics: list[Metric]
+    """Closed: for their names and units."""
+    outcomes: list[Outcome]
+    overlap: Overlap | None
+    """None: there are no training rows to compare with."""
+    differences: dict[tuple[str, str], dict[str, Difference | None]]
+    """(system, other) → by metric, the system's less the other's."""
+    seconds: float
+
+
+def task_of(systems: Sequence[System], like: Run | None = None, settings: Evaluation | None = None) -> Task:
+    """What to ask: as the run `like` says, else as the run of the first system that has one. `settings` take the place
+    of the run's `evaluate`. Raises ConfigError where no run says anything."""
+    run = like or next((system.run for system in systems if system.run is not None), None)
+    if run is None:
+        raise ConfigError(
+            "none of these says what to ask",
+            hint="name a run to evaluate as: --like RUN (a run file, a run's folder or a recipe)",
+        )
+    settings = settings or run.evaluate or Evaluation()
+    train, held_out, missing = _rows_of(run, settings)
+    rows = read_rows(settings.rows) if settings.rows else held_out
+    if not rows:
+        raise ConfigError(
+            "there are no held-out rows to evaluate on",
+            where="evaluate.rows",
+            hint="give some there, or hold rows out with data.held_out or data.held_out_fraction",
+        )
+    questions = questions_of(rows, settings.limit)
+    asked = {question.asked.key for question in questions}
+    kept = [row for row in rows if row.key in asked][: settings.loss_rows]
+    sources = settings.rows or run.data.held_out or run.data.sources
+    return Task(settings, questions, kept, train, missing, sources, run.seed, run.name)
+
+
+def _rows_of(run: Run, settings: Evaluation) -> tuple[list[Asked], list[Asked], str | None]:
+    """(training rows, held-out rows, why there are no training rows). Raises DataError where rows are needed and are
+    not there any more."""
+    divided = bool(run.data.held_out_fraction)
+    missing: str | None = None
+    try:
+        if divided:
+            vocabulary = Vocabulary.of(load_tokenizer(run.model, run.data.chat_template))
+            train, held_out = split_rows(run, vocabulary, _TRAIN_ROWS if settings.rows else None)
+        else:
+            train, held_out = read_rows(run.data.sources, _TRAIN_ROWS), []
+    except DataError as error:
+        if max(settings.examples, default=0) or (divided and not settings.rows):
+            raise
+        train, held_out, missing = [], [], error.what
+    if run.data.held_out and not settings.rows:
+        held_out = read_rows(run.data.held_out)
+    return train, held_out, missing
+
+
+def evaluate(systems: Sequence[System], task: Task, on_event: OnEvent) -> Result:
+    """Evaluate the systems and their baselines. Raises UserError, RunError."""
+    started, settings = time.perf_counter(), task.settings
+    everyone = [*baselines(systems, settings.examples), *systems]
+    outcomes = {system.name: Outcome(system) for system in everyone}
+    references = [question.references for question in task.questions]
+    with ExitStack() as stack:
+        metrics = stack.enter_context(opened(settings.metrics, references, settings.json_schema))
+        examples = Examples(
+            task.train, task.seed, similar=settings.choose == "similar" and max(settings.examples, default=0) > 0
+        )
+        by_base: dict[BaseKey | None, list[Outcome]] = {}
+        for outcome in outcomes.values():
+            by_base.setdefault(outcome.system.base, []).append(outcome)
+        for key, group in by_base.items():
+            if key is None:
+                _ask_endpoints(group, task, on_event)
+            else:
+                _ask_base(key, group, task, examples, on_event)
+        _score(list(outcomes.values()), metrics, task, on_event)
+        differences = _differences(list(outcomes.values()), task)
+    shared = overlap(task.train, task.rows) if task.train else None
+    return Result(task, metrics, list(outcomes.values()), shared, differences, time.perf_counter() - started)
+
+
+# ---------------------------------------------------------------------------------------------------------- one base
+
+
+def _ask_base(key: BaseKey, group: Sequence[Outcome], task: Task, examples: Examples, on_event: OnEvent) -> None:
+    """Losses and answers of all that stand on one base."""
+    started = time.perf_counter()
+    names = ", ".join(outcome.system.name for outcome in group)
+    on_event({"kind": "status", "text": f"loading {key.model.path} for {names}"})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_base(key.model, quantized=key.quantized, dtype=DTYPES[key.precision], device=device)
+    adapters: dict[str, Adapter] = {}
+    for system in (outcome.system for outcome in group):
+        if system.key is not None and system.folder is not None:
+            adapters[system.key] = base.read(system.folder)
+    prompters = {
+        template: Prompter(Vocabulary.of(load_tokenizer(key.model, template)))
+        for template in {outcome.system.chat_template for outcome in group}
+    }
+    _take_losses(base, group, task, examples, adapters, prompters, on_event)
+    if task.settings.metrics:
+        _take_answers(key, base, group, task, examples, adapters, prompters, on_event)
+    for outcome in group:
+        outcome.seconds = time.perf_counter() - started
+
+
+def _take_losses(
+    base: Base,
+    group: Sequence[Outcome],
+    task: Task,
+    examples: Examples,
+    adapters: dict[str, Adapter],
+    prompters: dict[str | None, Prompter],
+    on_event: OnEvent,
+) -> None:
+    rows: list[LossRow] = []
+    owners: list[tuple[Outcome, int]] = []
+    for outcome in group:
+        system, prompter = outcome.system, prompters[outcome.system.chat_template]
+        places = places_of(base, adapters, system)
+        outcome.losses = np.full(len(task.rows), np.nan)
+        outcome.target_tokens = np.zeros(len(task.rows))
+        rendered = [prompter.whole(row, _fitting(row, system, examples, prompter, places, 0)[0]) for row in task.rows]
+        for i, (tokens, targets) in enumerate(prompter.encoded(rendered)):
+            if len(tokens) > places or not targets.any():
+                outcome.skipped_rows += 1
+                continue
+            outcome.target_tokens[i] = targets.sum()
+            rows.append(LossRow(system.key, tokens, targets))
+            owners.append((outcome, i))
+
+    def told(count: int) -> None:
+        on_event({"kind": "progress", "what": "losses", "done": count, "total": len(rows), "unit": "rows"})
+
+    for (outcome, i), loss in zip(owners, row_losses(base, adapters, rows, told), strict=True):
+        assert outcome.losses is not None
+        outcome.losses[i] = loss
+    for outcome in group:
+        assert outcome.losses is not None
+        outcome.losses = np.nan_to_num(outcome.losses)
+
+
+def _take_answers(
+    key: BaseKey,
+    base: Base,
+    group: Sequence[Outcome],
+    task: Task,
+    examples: Examples,
+    adapters: dict[str, Adapter],
+    prompters: dict[str | None, Prompter],
+    on_event: OnEvent,
+) -> None:
+    decoding = task.settings.decoding
+    prompts: list[Prompt] = []
+    longest = 0
+    for outcome in group:
+        system, prompter = outcome.system, prompters[outcome.system.chat_template]
+        places = places_of(base, adapters, system)
+        for question in task.questions:
+            shown, tokens = _fitting(question.asked, system, examples, prompter, places, decoding.max_tokens)
+            if len(tokens) + decoding.max_tokens > places:
+                raise UserError(
+                    f"a prompt has {len(tokens):,} tokens; with {decoding.max_tokens:,} of the answer it is longer than"
+                    f" the {places:,} places that {system.name} has",
+                    where=question.asked.where,
+                    hint="lower evaluate.decoding.max_tokens, or leave this row out",
+                )
+            stop = (BETWEEN,) if shown and question.asked.messages is None else ()
+            outcome.shown.append(len(shown))
+            prompts.append(Prompt(system.key, tokens, stop))
+            virtual = adapters[system.key].virtual_tokens if system.key else 0
+            longest = max(longest, len(tokens) + virtual)
+
+    def told(count: int) -> None:
+        on_event({"kind": "progress", "what": "answers", "done": count, "total": len(prompts), "unit": "answers"})
+
+    if decoding.beams > 1:
+        from ftray.evaluate.beams import searched
+
+        folders = {o.system.key: o.system.folder for o in group if o.system.key and o.system.folder}
+        answers = searched(
+            key.model,
+            folders,
+            prompts,
+            decoding,
+            quantized=key.quantized,
+            dtype=DTYPES[key.precision],
+            device=base.model.device,
+            pad_id=base.tokenizer.pad_token_id,
+            end_id=base.tokenizer.eos_token_id,
+            done=told,
+        )
+    else:
+        answers = answers_of(base, adapters, prompts, decoding, longest=longest, done=told)
+    each = len(task.questions)
+    for number, outcome in enumerate(group):
+        outcome.answers = answers[number * each : (number + 1) * each]
+
+
+def places_of(base: Base, adapters: dict[str, Adapter], system: System) -> int:
+    """Tokens that question and answer may have together."""
+    positions = getattr(base.config, "max_position_embeddings", None) or 4096
+    return positions - (adapters[system.key].virtual_tokens if system.key else 0)
+
+
+def _fitting(
+    row: Asked, system: System, examples: Examples, prompter: Prompter, places: int, answer: int
+) -> tuple[list[Asked], tuple[int, ...]]:
+    """(the examples in front of `row`, the prompt's tokens): as many examples as were asked for, or as fit. With
+    `answer` 0 the row's own answer must fit too."""
+    shown = examples.of(row, system.examples) if system.examples else []
+    while True:
+        if answer:
+            tokens = prompter.tokens(row, shown)
+            fits = len(tokens) + answer <= places
+        else:
+            tokens = ()
+            fits = not shown or len(prompter.encoded([prompter.whole(row, shown)])[0][0]) <= places
+        if fits or not shown:
+            return shown, tokens
+        shown = shown[1:]
+
+
+# -------------------------------------------------------------------------------------------------------- endpoints
+
+
+def _ask_endpoints(group: Sequence[Outcome], task: Task, on_event: OnEvent) -> None:
+    """Answers over HTTP; there are no losses."""
+    from ftray.evaluate.endpoint import Endpoint, ask_all
+
+    if not task.settings.metrics:
+        raise ConfigError(
+            "an endpoint answers and tells no losses", where="evaluate.metrics", hint="name metrics to judge it by"
+        )
+    for outcome in group:
+        on_event({"kind": "status", "text": f"asking {outcome.system.name}"})
+        started = time.perf_counter()
+
+        def told(count: int) -> None:
+            on_event({"kind": "progress", "what": "answers", "done": count, "total": len(task.questions), "unit": ""})
+
+        endpoint = Endpoint.of(outcome.system.where)
+        asked = [question.asked for question in task.questions]
+        outcome.answers = ask_all(endpoint, asked, task.settings.decoding, told)
+        outcome.shown = [0] * len(asked)
+        outcome.seconds = time.perf_counter() - started
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+LOSS = "loss"
+
+
+def _score(outcomes: Sequence[Outcome], metrics: Sequence[Metric], task: Task, on_event: OnEvent) -> None:
+    samples, seed = task.settings.samples, task.seed
+    weights = resamples(len(task.questions), samples, seed)
+    row_weights = resamples(len(task.rows), samples, seed)
+    for outcome in outcomes:
+        on_event({"kind": "status", "text": f"scoring {outcome.system.name}"})
+        if outcome.loss is not None:
+            outcome.measured[LOSS] = _as_measured(outcome)
+            outcome.intervals[LOSS] = interval(outcome.measured[LOSS], row_weights)
+        if outcome.answers:
+            texts = [answer.text.strip() for answer in outcome.answers]
+            for metric in metrics:
+                outcome.measured[metric.name] = metric.measure(texts)
+                outcome.intervals[metric.name] = interval(outcome.measured[metric.name], weights)
+
+
+def _as_measured(outcome: Outcome) -> Measured:
+    """Loss a target token, as sums over rows."""
+    assert outcome.losses is not None
+    assert outcome.target_tokens is not None
+    stats = np.stack([np.ones_like(outcome.losses), outcome.losses, outcome.target_tokens], 1)
+    by_row = outcome.losses / np.maximum(outcome.target_tokens, 1)
+    return Measured(stats, lambda sums: sums[:, 1] / np.maximum(sums[:, 2], 1), by_row)
+
+
+def _differences(outcomes: Sequence[Outcome], task: Task) -> dict[tuple[str, str], dict[str, Difference | None]]:
+    """Each system against each that stands before it; with many, against the first alone."""
+    found: dict[tuple[str, str], dict[str, Difference | None]] = {}
+    weights = resamples(len(task.questions), task.settings.samples, task.seed)
+    row_weights = resamples(len(task.rows), task.settings.samples, task.seed)
+    for number, one in enumerate(outcomes):
+        for other in outcomes[:number] if len(outcomes) <= _PAIRED else outcomes[: min(number, 1)]:
+            shared = one.measured.keys() & other.measured.keys()
+            found[one.system.name, other.system.name] = {
+                name: compare(
+                    one.measured[name], other.measured[name], row_weights if name == LOSS else weights, task.seed
+                )
+                for name in one.measured
+                if name in shared
+            }
+    return found
+
+
+_PAIRED = 5
+"""Up to so many systems every pair is tested."""
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

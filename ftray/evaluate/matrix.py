@@ -1,0 +1,227 @@
+"""Adapters × tasks: what each run gained on its own task, and what it cost on the others and on general text.
+
+One base takes the losses of all its adapters on all tasks in one pass, and answers for them in another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftray.config import Decoding, Evaluation, Source
+from ftray.data.encode import Vocabulary
+from ftray.data.tokenizer import load_tokenizer
+from ftray.engine.engine import load_base
+from ftray.errors import ConfigError
+from ftray.evaluate.answers import Prompt, answers_of
+from ftray.evaluate.evaluation import OnEvent, places_of
+from ftray.evaluate.losses import LossRow, row_losses
+from ftray.evaluate.questions import Asked, Prompter, questions_of, read_rows, split_rows
+from ftray.evaluate.scores.registry import expanded, opened
+from ftray.evaluate.systems import BaseKey, System, baselines
+from ftray.model.load import DTYPES
+from ftray.model.served import Adapter, Base
+
+GENERAL_ROWS = 200
+"""Rows of general text whose loss is taken, at most."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One task."""
+
+    name: str
+    rows: list[Asked]
+    metric: str | None
+    """None: losses alone."""
+    decoding: Decoding
+    limit: int | None = None
+    """Questions that are asked, at most."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    systems: list[System]
+    """Rows: the bases first."""
+    columns: list[Column]
+    losses: np.ndarray
+    """float64 [systems, columns], nats a target token; NaN where no row fits."""
+    scores: np.ndarray
+    """float64 [systems, columns]; NaN where a task has no metric."""
+    own: list[int | None]
+    """The column of each system's own task."""
+    seconds: float
+    answering_seconds: float
+
+    def forgetting(self) -> np.ndarray:
+        """float64 [systems, columns]: how much higher the loss is than that of the base that the system began as (the
+        first row with the same base, else the first row)."""
+        before = []
+        for system in self.systems:
+            same = (i for i, other in enumerate(self.systems) if other.kind == "base" and other.base == system.base)
+            before.append(next(same, 0))
+        return self.losses - self.losses[before]
+
+
+def columns_of(systems: Sequence[System], general: Sequence[Source] = (), limit: int | None = None) -> list[Column]:
+    """The held-out rows of each system's run (of two runs with the same rows once), then the general texts. Raises
+    ConfigError."""
+    found: dict[str, Column] = {}
+    seen: list[Any] = []
+    for system in systems:
+        if system.run is None:
+            continue
+        settings = system.run.evaluate or Evaluation()
+        where: Any = settings.rows or system.run.data.held_out or (system.run.data.sources, system.run.seed)
+        if where in seen:
+            continue
+        seen.append(where)
+        if settings.rows or system.run.data.held_out:
+            rows = read_rows(settings.rows or system.run.data.held_out)
+        else:
+            vocabulary = Vocabulary.of(load_tokenizer(system.run.model, system.run.data.chat_template))
+            _, rows = split_rows(system.run, vocabulary)
+        if not rows:
+            raise ConfigError("this run holds no rows out", where=system.name, hint="set data.held_out_fraction")
+        metric = next(iter(expanded(settings.metrics)), None)
+        found[system.name] = Column(system.name, rows, metric, settings.decoding, limit or settings.limit)
+    for source in general:
+        name = source.path.rstrip("/").rsplit("/", 1)[-1]
+        found[name] = Column(name, read_rows([source], GENERAL_ROWS), None, Decoding(), limit)
+    if not found:
+        raise ConfigError("none of these has a run that says what its task is", hint="name runs, or artefacts of runs")
+    return list(found.values())
+
+
+def cross(systems: Sequence[System], columns: Sequence[Column], on_event: OnEvent) -> Matrix:
+    """Every system, and the bases before them, on every task. Raises ConfigError for an endpoint, which tells no
+    losses, and for beams."""
+    started = time.perf_counter()
+    if endpoint := next((system for system in systems if system.base is None), None):
+        raise ConfigError("an endpoint tells no losses", where=endpoint.name, hint="name runs or adapters")
+    if any(column.decoding.beams > 1 for column in columns):
+        raise ConfigError("a matrix is answered by the engine, which has no beams", where="evaluate.decoding.beams")
+    everyone = [*baselines(systems, [0]), *systems]
+    shape = len(everyone), len(columns)
+    losses, scores = np.full(shape, np.nan), np.full(shape, np.nan)
+    groups: dict[BaseKey, list[int]] = {}
+    for i, system in enumerate(everyone):
+        assert system.base is not None
+        groups.setdefault(system.base, []).append(i)
+    answering = 0.0
+    for key, members in groups.items():
+        on_event({"kind": "status", "text": f"loading {key.model.path} for {len(members)} systems"})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        base = load_base(key.model, quantized=key.quantized, dtype=DTYPES[key.precision], device=device)
+        group = _Group(key, base, [everyone[i] for i in members], columns)
+        losses[members] = group.losses(on_event)
+        began = time.perf_counter()
+        if any(column.metric for column in columns):
+            scores[members] = group.scores(on_event)
+        answering += time.perf_counter() - began
+    names = {column.name: i for i, column in enumerate(columns)}
+    own = [names.get(system.name) for system in everyone]
+    return Matrix(everyone, list(columns), losses, scores, own, time.perf_counter() - started, answering)
+
+
+class _Group:
+    """All that stands on one base."""
+
+    def __init__(self, key: BaseKey, base: Base, systems: list[System], columns: Sequence[Column]) -> None:
+        self.base, self.systems, self.columns = base, systems, columns
+        self.adapters: dict[str, Adapter] = {
+            system.key: base.read(system.folder) for system in systems if system.key and system.folder
+        }
+        templates = {system.chat_template for system in systems}
+        self.prompters = {t: Prompter(Vocabulary.of(load_tokenizer(key.model, t))) for t in templates}
+
+    def losses(self, on_event: OnEvent) -> np.ndarray:
+        """[systems, columns]"""
+        rows: list[LossRow] = []
+        cells: list[tuple[int, int]] = []
+        for j, column in enumerate(self.columns):
+            for template, prompter in self.prompters.items():
+                encoded = prompter.encoded([prompter.whole(row) for row in column.rows])
+                for i, system in enumerate(self.systems):
+                    if system.chat_template != template:
+                        continue
+                    places = places_of(self.base, self.adapters, system)
+                    for tokens, targets in encoded:
+                        if targets[:places].any():
+                            rows.append(LossRow(system.key, tokens[:places], targets[:places]))
+                            cells.append((i, j))
+
+        def told(count: int) -> None:
+            on_event({"kind": "progress", "what": "losses", "done": count, "total": len(rows), "unit": "rows"})
+
+        sums, targets = (np.zeros((len(self.systems), len(self.columns))) for _ in range(2))
+        for cell, row, loss in zip(cells, rows, row_losses(self.base, self.adapters, rows, told), strict=True):
+            sums[cell] += loss
+            targets[cell] += row.targets.sum()
+        with np.errstate(invalid="ignore"):
+            return np.where(targets > 0, sums / targets, np.nan)
+
+    def scores(self, on_event: OnEvent) -> np.ndarray:
+        """[systems, columns]"""
+        questions = [questions_of(column.rows, column.limit) if column.metric else [] for column in self.columns]
+        prompts: list[Prompt] = []
+        longest = most = 0
+        for column, asked in zip(self.columns, questions, strict=True):
+            for template, prompter in self.prompters.items():
+                tokens = [prompter.tokens(question.asked) for question in asked]
+                for system in (s for s in self.systems if s.chat_template == template):
+                    virtual = self.adapters[system.key].virtual_tokens if system.key else 0
+                    longest = max([longest, *(len(each) + virtual for each in tokens)])
+                    prompts += [Prompt(system.key, each, decoding=column.decoding) for each in tokens]
+            most = max(most, column.decoding.max_tokens if column.metric else 0)
+
+        def told(count: int) -> None:
+            on_event({"kind": "progress", "what": "answers", "done": count, "total": len(prompts), "unit": "answers"})
+
+        decoding = _longest_of(self.columns[0].decoding, most)
+        answers = iter(answers_of(self.base, self.adapters, prompts, decoding, longest=longest, done=told))
+        found = np.full((len(self.systems), len(self.columns)), np.nan)
+        for j, (column, asked) in enumerate(zip(self.columns, questions, strict=True)):
+            if not column.metric:
+                continue
+            with opened([column.metric], [question.references for question in asked]) as [metric]:
+                for template in self.prompters:
+                    for i, system in enumerate(self.systems):
+                        if system.chat_template == template:
+                            texts = [next(answers).text.strip() for _ in asked]
+                            found[i, j] = metric.measure(texts).score
+        return found
+
+
+def _longest_of(decoding: Decoding, tokens: int) -> Decoding:
+    return decoding.model_copy(update={"max_tokens": max(tokens, 1)})
+
+
+def general_sources(paths: Sequence[str]) -> list[Source]:
+    """Plain text files, a row a line; or JSONL with a column `text`."""
+    return [Source.model_validate({"path": path, "format": "text"}) for path in paths]
+
+
+def matrix_json(matrix: Matrix) -> dict[str, Any]:
+    """As plain values; None where there is nothing."""
+
+    def plain(values: np.ndarray) -> list[list[float | None]]:
+        return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in values]
+
+    return {
+        "format": 1,
+        "systems": [
+            {"name": s.name, "kind": s.kind, "own": own} for s, own in zip(matrix.systems, matrix.own, strict=True)
+        ],
+        "tasks": [{"name": c.name, "metric": c.metric, "rows": len(c.rows)} for c in matrix.columns],
+        "losses": plain(matrix.losses),
+        "scores": plain(matrix.scores),
+        "forgetting": plain(matrix.forgetting()),
+        "seconds": round(matrix.seconds, 2),
+        "answering_seconds": round(matrix.answering_seconds, 2),
+    }
