@@ -23,6 +23,7 @@ def evaluate_command(
     like: str | None,
     metrics: str | None,
     examples: str | None,
+    judge: str | None,
     to: str | None,
     registry: str | None,
     as_json: bool,
@@ -47,7 +48,7 @@ def evaluate_command(
         with resolved(systems_named, registry or os.environ.get(VARIABLE)) as systems:
             as_run = load_run(like) if like else next((s.run for s in systems if s.run is not None), None)
             task = task_of(systems, as_run, settings_of(as_run, overrides))
-            result = evaluate(systems, task, console)
+            result = evaluate(systems, task, console, judge)
         folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
         written = None
         if folder is not None:
@@ -192,7 +193,7 @@ def result_text(found: dict[str, Any]) -> str:
         head += ["prompt", "answer"]
     rows = [_row(system, found, names, asked) for system in found["systems"]]
     lines = [table(head, rows, right=range(1, len(head))), ""]
-    from ftray.evaluate.results import decoding_text
+    from ftray.evaluate.results import decoding_text, judged_text
 
     about = f"{count(found['questions'])} questions with {count(found['references'])} references"
     lines.append(f"{about}, losses of {count(found['loss_rows'])} rows; {duration(found['seconds'])}")
@@ -207,6 +208,7 @@ def result_text(found: dict[str, Any]) -> str:
             lines.append(f"{system['name']}: {count(system['rows_too_long'])} rows are too long, their loss is not in")
         if system["cut_off"]:
             lines.append(f"{system['name']}: {count(system['cut_off'])} answers cut off at max_tokens")
+    lines += [judged_text(judged) for judged in found["judged"]]
     lines += found["overlap"]["lines"]
     lines += [f"{name}: {line}" for name, told in found["diagnosis"].items() for line in told]
     return "\n".join(lines)

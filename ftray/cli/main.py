@@ -192,6 +192,10 @@ def evaluate(
     to: Annotated[
         str | None, typer.Option("--to", metavar="FOLDER", help="Keep the result there; default: the first run's.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="URL#MODEL", help="A model that says whose answers are better."),
+    ] = None,
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Every system on every run's held-out rows: what each forgot.")
     ] = False,
@@ -223,7 +227,8 @@ def evaluate(
     from ftray.cli.evaluate import evaluate_command, matrix_command
 
     if matrix:
-        if odd := next((o for o, v in (("--like", like), ("--metrics", metrics), ("--examples", examples)) if v), None):
+        given = {"--like": like, "--metrics": metrics, "--examples": examples, "--judge": judge}
+        if odd := next((option for option, value in given.items() if value), None):
             raise UsageError(f"{odd} does not go with --matrix, which asks each task as its own run says")
         matrix_command(
             systems, general=general or [], limit=limit, to=to, registry=registry, as_json=as_json, verbose=verbose
@@ -238,6 +243,7 @@ def evaluate(
         like=like,
         metrics=metrics,
         examples=examples,
+        judge=judge,
         to=to,
         registry=registry,
         as_json=as_json,

@@ -12,9 +12,11 @@ from typing import Any
 from ftray import __version__
 from ftray.evaluate.diagnosis import Curves, diagnose, in_words
 from ftray.evaluate.evaluation import LOSS, Outcome, Result, perplexity
+from ftray.evaluate.judge import Judged
 from ftray.evaluate.matrix import Matrix, matrix_json
 from ftray.evaluate.record import read_record
 from ftray.evaluate.scores.metric import Metric
+from ftray.evaluate.statistics import interval, resamples
 from ftray.manifest import join, write_text
 from ftray.redact import redact, redact_values
 
@@ -57,6 +59,7 @@ def to_json(result: Result) -> dict[str, Any]:
             {"system": one, "than": other, "metrics": {name: _difference(value) for name, value in by_metric.items()}}
             for (one, other), by_metric in result.differences.items()
         ],
+        "judged": [_judged(pair, found, result) for pair, found in result.judged.items()],
         "overlap": _overlap(result),
         "diagnosis": {
             outcome.system.name: in_words(diagnose(Curves.of(read_record(outcome.system.run_folder))))
@@ -65,6 +68,37 @@ def to_json(result: Result) -> dict[str, Any]:
         },
         "seconds": round(result.seconds, 2),
     }
+
+
+def _judged(pair: tuple[str, str], found: Judged, result: Result) -> dict[str, Any]:
+    settings = result.task.settings
+    around = interval(found.measured, resamples(len(found.verdicts), settings.samples, result.task.seed))
+    counts = found.counts()
+    return {
+        "system": pair[0],
+        "than": pair[1],
+        "wins": _rounded(found.wins),
+        "low": _rounded(around.low) if around else None,
+        "high": _rounded(around.high) if around else None,
+        "better": counts["first"],
+        "tie": counts["tie"],
+        "worse": counts["second"],
+        "swayed": found.swayed,
+        "unclear": found.unclear,
+        "prompt_tokens": found.prompt_tokens,
+        "answer_tokens": found.answer_tokens,
+    }
+
+
+def judged_text(judged: dict[str, Any]) -> str:
+    """`tuned against base: better 40, tie 5, worse 3; wins 0.885 [0.80, 0.95]; …`"""
+    text = f"{judged['system']} against {judged['than']}, judged: better {judged['better']}, tie {judged['tie']}, worse"
+    text += f" {judged['worse']}; wins {judged['wins']:.3f} [{judged['low']:.3f}, {judged['high']:.3f}]"
+    if judged["swayed"]:
+        text += f"; {judged['swayed']} of the ties went with the place"
+    if judged["unclear"]:
+        text += f"; {judged['unclear']} judgements without a verdict"
+    return f"{text}; the judge read {judged['prompt_tokens']:,} tokens and wrote {judged['answer_tokens']:,}"
 
 
 def _overlap(result: Result) -> dict[str, Any]:

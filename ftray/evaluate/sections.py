@@ -60,7 +60,10 @@ def _decoding(found: dict[str, Any]) -> str:
 
 def _notes(found: dict[str, Any]) -> list[str]:
     """What has to be known beside the table."""
-    notes = list((found.get("overlap") or {}).get("lines") or [])
+    from ftray.evaluate.results import judged_text
+
+    notes = [judged_text(judged) for judged in found.get("judged") or []]
+    notes += list((found.get("overlap") or {}).get("lines") or [])
     for system in found["systems"]:
         shown, wanted = system.get("examples_shown"), system.get("examples")
         if wanted and shown is not None and shown < wanted:

@@ -161,6 +161,26 @@ def test_an_adapter_by_its_folder_and_by_its_name(runs, tmp_path, capsys):
     assert (tmp_path / "evaluation/result.json").exists()
 
 
+def test_the_matrix_of_systems_and_tasks(runs, result, tmp_path, capsys):
+    """Own losses are training's, scores those of an evaluation, and what was forgotten is the difference to the base
+    on text that no run has seen."""
+    general = tmp_path / "general.txt"
+    general.write_text("The fox sat by the river.\nA girl had a red ball, and she gave it to her friend.\n")
+    names = [str(runs["lora"]), str(runs["prefix"])]
+    assert call(["evaluate", *names, "--matrix", "--general", str(general), "--to", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [system["name"] for system in told["systems"]] == ["base", "lora", "prefix"]
+    assert [task["name"] for task in told["tasks"]] == ["lora", "general.txt"]  # both runs hold out the same rows
+    losses, forgetting, scores = (np.array(told[key], float) for key in ("losses", "forgetting", "scores"))
+    assert losses[:, 0] == pytest.approx([*held_out_losses(runs["lora"]), held_out_losses(runs["prefix"])[1]], rel=1e-4)
+    assert forgetting[1] == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert forgetting[1, 1] > 0 > forgetting[1, 0]
+    found = {outcome.system.name: outcome.measured["chrf"].score for outcome in result.outcomes}
+    assert scores[:, 0] == pytest.approx([found["base"], found["lora"], found["prefix"]], abs=1e-5)
+    assert np.isnan(scores[:, 1]).all()
+    assert json.loads((tmp_path / "evaluation/matrix.json").read_text())["losses"] == told["losses"]
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

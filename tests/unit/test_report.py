@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from ftray.cli.main import call
 from ftray.config import parse_run
 from ftray.errors import UserError
 from ftray.evaluate import plots, report
@@ -337,3 +338,97 @@ def test_preferences_have_margins_and_no_perplexity(folder):
     assert ">Margin</h3>" in page
     assert ">Accuracy</h3>" in page
     assert "1.50" in page  # the margin at step 20
+
+
+# ------------------------------------------------------------------------------------------ what `ftray evaluate` found
+
+
+def _score(score: float) -> dict:
+    return {"score": score, "low": score - 0.05, "high": score + 0.05}
+
+
+def _evaluate(folder: Path, name: str = "cheese", bleu: float = 0.5) -> None:
+    """Files as `ftray evaluate` leaves them."""
+    common = {"examples": 0, "examples_shown": 0, "rows_too_long": 0, "cut_off": 0, "prompt_tokens": 20.0,
+              "answer_tokens": 9.0, "loss_low": None, "loss_high": None}  # fmt: skip
+    base = common | {"name": "base", "kind": "base", "loss": 4.0, "scores": {"bleu": _score(0.1)}}
+    shots = common | {"name": "base, 5-shot", "kind": "base", "loss": 3.0, "scores": {"bleu": _score(0.2)},
+                      "examples": 5, "examples_shown": 2.5}  # fmt: skip
+    tuned = common | {"name": name, "kind": "adapter", "loss": 1.0, "scores": {"bleu": _score(bleu)}}
+    decoding = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "stop": [], "beams": 10,
+                "length_penalty": 0.8, "no_repeat_ngram": 4}  # fmt: skip
+    found = {
+        "questions": 6, "references": 12, "loss_rows": 6, "settings": {"decoding": decoding}, "sources": ["test.csv"],
+        "metrics": [{"name": "bleu"}], "systems": [base, shots, tuned],
+        "differences": [{"system": name, "than": "base", "metrics": {"bleu": {"p": 0.001}, "loss": {"p": 0.2}}}],
+        "overlap": {"lines": ["1 of 6 held-out rows (16.7 %) are training rows too"]}, "judged": [],
+    }  # fmt: skip
+    rows = [
+        {"number": i, "where": f"test.csv:{i}", "prompt": f"asked {i} <b>", "references": ["right", "as right"],
+         "answers": {s: {"answer": f"{s} says {i}", "scores": {"bleu": i / 10}} for s in ("base", name)}}
+        for i in range(1, 7)
+    ]  # fmt: skip
+    matrix = {
+        "systems": [{"name": "base", "own": None, "kind": "base"}, {"name": name, "own": 0, "kind": "adapter"}],
+        "tasks": [{"name": "own"}, {"name": "general"}],
+        "losses": [[4.0, 3.0], [1.0, 3.5]],
+        "forgetting": [[0.0, 0.0], [-3.0, 0.5]],
+        "scores": [[None, None], [None, None]],
+    }
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation/result.json").write_text(json.dumps(found))
+    (folder / "evaluation/answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "evaluation/matrix.json").write_text(json.dumps(matrix))
+
+
+def test_systems_answers_and_the_matrix_are_shown(folder):
+    _evaluate(folder)
+    page = _Page(Path(write_report(str(folder))).read_text(encoding="utf-8"))
+    assert page.row("base")[:3] == ["base", "4.0000", "0.1000 ± 0.050"]
+    tuned = next(row for row in page.rows if row[:1] == ["cheese"] and len(row) == 5)
+    assert tuned[1:3] == ["1.0000", "0.5000* ± 0.050"]
+    words = " ".join(page.words)
+    assert "beam search with 10 beams, length penalty 0.8, no 4-gram twice, up to 64 tokens" in words
+    assert "2.5 of 5 examples fitted" in words
+    assert "16.7 %" in words
+    assert "asked 1 <b>" in words  # as text, and not as an element
+    best, worst = words.rindex("cheese says 6"), words.rindex("cheese says 1")
+    assert words.index("Best and worst") < best < worst
+    assert ["cheese", "1.0000", "-3.000", "+0.500"] in page.rows
+    assert "-3.00" in words  # in the map
+    assert words.count("Change of each system") == 1
+
+
+def test_what_is_wrong_stands_beside_the_curves_and_in_them(folder):
+    """The fixture's held-out loss rises from step 20 on while training loss falls."""
+    page = _Page(Path(write_report(str(folder))).read_text(encoding="utf-8"))
+    words = " ".join(page.words)
+    assert "Overfitting." in words
+    assert "From step 20 on held-out loss rises, from 1.000 to 1.250" in words
+    assert words.count("overfitting") >= 1  # the mark in the plot
+
+
+def test_several_runs_on_one_page(folder, tmp_path_factory, capsys):
+    import shutil
+
+    other = tmp_path_factory.mktemp("other") / "run"
+    shutil.copytree(folder, other)
+    (other / "run.yaml").write_text((other / "run.yaml").read_text().replace("name: cheese", "name: wine"))
+    _evaluate(folder)
+    _evaluate(other, "wine", bleu=0.7)
+    to = folder / "both.html"
+    assert call(["report", str(folder), str(other), "--to", str(to)]) == 0
+    assert capsys.readouterr().out.strip() == str(to)
+    page = _Page(to.read_text(encoding="utf-8"))
+    rows = {row[0]: row for row in page.rows if len(row) == 5}
+    assert [rows[name][2] for name in ("base", "cheese", "wine")] == [
+        "0.1000 ± 0.050", "0.5000* ± 0.050", "0.7000* ± 0.050",
+    ]  # fmt: skip
+    assert sum("badge" in str(value) for _, name, value in page.attributes if name == "class") == 2
+    result = json.loads((other / "evaluation/result.json").read_text())
+    (other / "evaluation/result.json").write_text(json.dumps(result | {"sources": ["others.csv"]}))
+    assert call(["report", str(folder), str(other), "--to", str(to)]) == 0
+    words = " ".join(_Page(to.read_text(encoding="utf-8")).words)
+    assert "wine was evaluated on other questions" in words
+    assert call(["report", str(folder)]) == 0
+    assert call(["report", str(folder / "data")]) == 2

@@ -13,6 +13,7 @@ from ftray.config import Run
 from ftray.config.evaluation import METRIC_NAMES, Decoding, Evaluation
 from ftray.errors import UserError
 from ftray.evaluate.scores import text
+from ftray.evaluate.scores.metric import Measured
 from ftray.evaluate.scores.mteval import tokens
 from ftray.evaluate.scores.registry import KINDS, expanded, opened
 from ftray.evaluate.statistics import compare, interval, resamples
@@ -102,6 +103,19 @@ def test_bleu_without_any_four_gram_is_small_but_not_nothing():
     value = score("bleu", [["one two three four five six"]], ["six five one two"])
     assert 0 < value < 0.3
     assert score("bleu", [["one two three"]], ["other words here"]) == 0
+
+
+def test_a_score_outlives_the_process_that_gave_it():
+    """METEOR's is a line from Java, which is closed before the results are written."""
+    gone = []
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        assert not gone, "asked after the end"
+        return sums[:, 1]
+
+    measured = Measured(np.ones((3, 2)), value, np.ones(3))
+    gone.append(True)
+    assert measured.score == 3
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics

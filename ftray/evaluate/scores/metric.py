@@ -7,7 +7,7 @@ scored twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,9 +29,11 @@ class Measured:
     sampled: bool = True
     """False: sums do not give the score of a sample (distinct n-grams are a union), so that there is no interval."""
 
-    @property
-    def score(self) -> float:
-        return float(self.value(self.stats.sum(0)[None])[0])
+    score: float = field(init=False)
+    """Of all rows. Taken at once: METEOR's process may be gone when it is asked for."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "score", float(self.value(self.stats.sum(0)[None])[0]))
 
 
 class Metric:
