@@ -250,5 +250,3 @@ def _facts(generation: Generation, notes: list[dict[str, Any]], seconds: float) 
         **{key: sum(note[key] for note in notes) for key in ("prompt_tokens", "tokens", "cut_off")},
         "seconds": round(seconds, 1),
     }
-
-

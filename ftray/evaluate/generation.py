@@ -138,9 +138,7 @@ def plan(asking: Asking) -> Generation:
         "asked": [asking.adapter, asking.adapter_column, asking.chat_template, asking.context, asking.part_rows],
         "decoding": decoding,
     }
-    return Generation(
-        asking, base, adapters, refused, tuple(fragments), tuple(parts), dict(counts), digest_of(shaping)
-    )
+    return Generation(asking, base, adapters, refused, tuple(fragments), tuple(parts), dict(counts), digest_of(shaping))
 
 
 def _with_adapter(fragment: Fragment, asking: Asking) -> Fragment:

@@ -53,7 +53,7 @@ def overlap(train: Sequence[Asked], held_out: Sequence[Asked]) -> Overlap:
     wanted: dict[tuple[str, ...], list[int]] = defaultdict(list)
     sizes = []
     for i, each in enumerate(words):
-        own = _shingles(each)
+        own = shingles(each)
         sizes.append(len(own))
         for shingle in own:
             wanted[shingle].append(i)
@@ -70,7 +70,7 @@ def overlap(train: Sequence[Asked], held_out: Sequence[Asked]) -> Overlap:
             for i in same[text]:
                 exact.setdefault(i, Duplicate(held_out[i], row, 1.0))
             continue
-        own = _shingles(own_words)
+        own = shingles(own_words)
         shared = Counter(i for shingle in own for i in wanted.get(shingle, ()))
         for i, count in shared.items():
             likeness = count / (len(own) + sizes[i] - count)
@@ -85,10 +85,16 @@ def overlap(train: Sequence[Asked], held_out: Sequence[Asked]) -> Overlap:
 
 def _words(row: Asked) -> list[str]:
     turns = " ".join(str(turn["content"]) for turn in row.messages) if row.messages else row.prompt
-    return re.findall(r"\w+", f"{turns} {row.answer}".casefold())
+    return words_of(f"{turns} {row.answer}")
 
 
-def _shingles(words: Sequence[str]) -> set[tuple[str, ...]]:
-    if len(words) <= _WORDS:
+def words_of(text: str) -> list[str]:
+    """In lower case, without what stands between them."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def shingles(words: Sequence[str], width: int = _WORDS) -> set[tuple[str, ...]]:
+    """All runs of `width` words; the whole where it is shorter."""
+    if len(words) <= width:
         return {tuple(words)}
-    return {tuple(words[i : i + _WORDS]) for i in range(len(words) - _WORDS + 1)}
+    return {tuple(words[i : i + width]) for i in range(len(words) - width + 1)}
