@@ -366,6 +366,45 @@ def generate(
 
 
 @app.command()
+def create(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, the folder of one begun, or a recipe: cheese-expert.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Keys to change, dotted: rows=100 teacher.model=NAME", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the first call, and send nothing.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON schema, for editors.")] = False,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks of errors.")] = False,
+) -> None:
+    """Make rows to learn from, by a teacher model at an OpenAI-compatible endpoint.
+
+    `ask: instructions` has it make up questions with answers about topics, several a call; `ask: answers` has it answer
+    given prompts. Rows are filtered: form, length, refusals, language, test files, exact and near duplicates; what was
+    refused is counted and kept, with its reason.
+
+    Every answer is written to a journal before it is judged, so that whatever is killed, the same command goes on and
+    pays nothing twice. Filters, rows and budget may be changed afterwards: the journal is judged again. The key is
+    taken from FTRAY_API_KEY or OPENAI_API_KEY. Exit codes: 0 all rows, 2 a mistake in what you gave, 3 fewer rows
+    (budget, failures), 75 stopped.
+
+    ftray create cheese-expert teacher.url=https://host/v1 teacher.model=NAME rows=200
+    """
+    if schema:
+        from ftray.config.creation import Creation
+
+        _print_json(Creation.model_json_schema())
+        return
+    from ftray.cli.create import create_command
+
+    create_command(recipe, overrides or [], dry=dry_run, as_json=as_json)
+
+
+@app.command()
 def export(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs: folders, run files or recipes.")],
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new folder, or an fsspec URI.")],

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from ftray.config import MessagesFormat, PromptCompletionFormat
-from ftray.data.chat import checked
 from ftray.data.encode import Vocabulary
-from ftray.data.formats import Template
+from ftray.data.formats import columns_of as format_columns
 from ftray.data.readers import read
 from ftray.data.rows import BadRow, Raw, shortened
 from ftray.data.shards import Sink
@@ -26,7 +24,7 @@ from ftray.engine.request import Request, Sampling
 from ftray.errors import ArtefactError, FtrayError, RunError
 from ftray.evaluate.answers import answered
 from ftray.evaluate.generation import Generation, Part, adapter_of
-from ftray.evaluate.questions import Asked, Prompter
+from ftray.evaluate.questions import Prompter, ask_only
 from ftray.evaluate.systems import resolved
 from ftray.manifest import join, write_text
 from ftray.model.served import Adapter
@@ -49,6 +47,9 @@ class Generator:
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
         self._places = {placed.digest: placed.where for placed in generation.adapters.values()}
+        format = generation.asking.source.format
+        self._ask = ask_only(format)
+        self._columns = format_columns(format)
         self._engine: Engine | None = None
         self._prompters: dict[str | None, Prompter] = {}
         self._rows: tuple[int, list[Raw]] = (-1, [])
@@ -97,7 +98,8 @@ class Generator:
         if not isinstance(row, dict):
             raise BadRow("not a mapping of columns")
         name = record["adapter"] = adapter_of(row, asking)
-        asked = self._asked(row, record)
+        record["input"] = {column: row[column] for column in self._columns if column in row}
+        asked = self._ask(row)
         if name in self._generation.refused:
             raise BadRow(self._generation.refused[name])
         placed = self._generation.adapters[name] if name else None
@@ -115,25 +117,6 @@ class Generator:
         )
         ref = Ref("generate", "generate", placed.digest) if placed else None
         return Request(str(number), tokens, sampling, ref, "generate")
-
-    def _asked(self, row: dict[str, Any], record: dict[str, Any]) -> Asked:
-        format = self._generation.asking.source.format
-        if isinstance(format, MessagesFormat):
-            record["input"] = {format.column: row.get(format.column)}
-            if format.column not in row:
-                raise BadRow(f"missing column {format.column!r}")
-            turns = row[format.column]
-            if not isinstance(turns, list) or not turns:
-                raise BadRow("messages are not a list of turns")
-            answered_ones = checked([*turns, {"role": "assistant", "content": "-"}])
-            return Asked(answered_ones[-2]["content"], "", tuple(answered_ones[:-1]))
-        assert isinstance(format, PromptCompletionFormat)
-        template = Template(format.prompt, "prompt")
-        record["input"] = {column: row.get(column) for column in template.columns}
-        prompt = template(row)
-        if not prompt.strip():
-            raise BadRow("empty prompt")
-        return Asked(prompt, "", ({"role": "user", "content": prompt},) if format.chat else None)
 
     def _prompter(self, template: str | None) -> Prompter:
         if template not in self._prompters:

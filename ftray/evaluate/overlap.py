@@ -98,3 +98,26 @@ def shingles(words: Sequence[str], width: int = _WORDS) -> set[tuple[str, ...]]:
     if len(words) <= width:
         return {tuple(words)}
     return {tuple(words[i : i + width]) for i in range(len(words) - width + 1)}
+
+
+class Seen:
+    """Texts so far; finds the one that another is most like, by runs of `width` words."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._rows: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        self._sizes: list[int] = []
+
+    def add(self, text: str) -> None:
+        own = shingles(words_of(text), self.width)
+        for shingle in own:
+            self._rows[shingle].append(len(self._sizes))
+        self._sizes.append(len(own))
+
+    def nearest(self, text: str) -> tuple[float, int]:
+        """(likeness, number of the text in the order of `add`); (0, -1) where none has anything in common."""
+        own = shingles(words_of(text), self.width)
+        shared = Counter(i for shingle in own for i in self._rows.get(shingle, ()))
+        found = ((count / (len(own) + self._sizes[i] - count), -i) for i, count in shared.items())
+        likeness, number = max(found, default=(0.0, 1))
+        return likeness, -number
