@@ -368,8 +368,13 @@ def generate(
 @app.command()
 def create(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, the folder of one begun, or a recipe: cheese-expert.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A YAML file, the folder of one begun, or a recipe: cheese-expert.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -399,6 +404,8 @@ def create(
 
         _print_json(Creation.model_json_schema())
         return
+    if recipe is None:
+        raise UsageError("Missing argument 'RECIPE'.")
     from ftray.cli.create import create_command
 
     create_command(recipe, overrides or [], dry=dry_run, as_json=as_json)

@@ -11,6 +11,7 @@ from ftray.engine.engine import Engine
 from ftray.engine.options import EngineOptions
 from ftray.engine.request import Chunk, Finished, Request, Sampling, Usage
 from ftray.errors import FtrayError, RequestError, RunError
+from ftray.evaluate.answer import Answer
 from ftray.model.served import Adapter, Base
 from ftray.registry.ref import Ref
 
@@ -29,16 +30,6 @@ class Prompt:
     stop: tuple[str, ...] = ()
     decoding: Decoding | None = None
     """Its own; None: that of all."""
-
-
-@dataclass
-class Answer:
-    text: str = ""
-    prompt_tokens: int = 0
-    tokens: int = 0
-    """Written."""
-    reason: str = ""
-    """`stop`, or `length` where `max_tokens` cut it off."""
 
 
 def answers_of(

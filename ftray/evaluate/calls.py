@@ -105,8 +105,8 @@ class MadeUp:
         self._ask = ask
         self._prompt = _template(ask.prompt, "ask.prompt")
         self._persona = _template(ask.persona, "ask.persona")
-        self.columns = tuple(ask.columns)
-        self.compared = tuple(ask.columns[:-1]) or tuple(ask.columns)
+        self.columns: tuple[str, ...] = tuple(ask.columns)
+        self.compared: tuple[str, ...] = tuple(ask.columns[:-1]) or tuple(ask.columns)
         self.rows_per_call = ask.rows_per_call
         self.shape: Any = ask.model_dump(mode="json")
 
@@ -154,7 +154,8 @@ class Given:
         if not self._asked:
             why = f": {self.refused[0][1]}" if self.refused else ""
             raise DataError(f"there is no prompt{why}", where=", ".join(source.path for source in ask.prompts))
-        self.columns = self.compared = ("prompt", "completion")
+        self.columns: tuple[str, ...] = ("prompt", "completion")
+        self.compared = self.columns
         self.rows_per_call = 1
         self.shape: Any = [ask.persona, ask.samples, digest_of([row.key for row in self._asked])]
 

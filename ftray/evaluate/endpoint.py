@@ -15,7 +15,7 @@ from typing import Any
 
 from ftray.config import Decoding
 from ftray.errors import ConfigError, RunError
-from ftray.evaluate.answers import Answer
+from ftray.evaluate.answer import Answer
 from ftray.evaluate.questions import Asked
 from ftray.redact import redact
 
