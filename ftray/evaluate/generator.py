@@ -68,7 +68,8 @@ class Generator:
     def _do(self, part: Part) -> dict[str, Any]:
         engine = self._engine = self._engine or self._make_engine()
         records: dict[str, dict[str, Any]] = {}
-        requests = self._requests(part, records)
+        failed: Counter[str] = Counter()
+        requests = self._requests(part, records, failed)
         for end, text in answered(engine, requests, _AHEAD * engine.options.slots):
             record = records[end.id]
             record["answer"], record["finish_reason"], record["tokens"] = (
@@ -78,9 +79,10 @@ class Generator:
             )
             if end.error is not None:
                 record["answer"], record["error"] = None, told(end.error)
-        return self._write(part, list(records.values()))
+                failed[_reason(end.error)] += 1
+        return self._write(part, list(records.values()), failed)
 
-    def _requests(self, part: Part, records: dict[str, dict[str, Any]]) -> Iterator[Request]:
+    def _requests(self, part: Part, records: dict[str, dict[str, Any]], failed: Counter[str]) -> Iterator[Request]:
         for number, raw in enumerate(self._raw(part), part.first):
             record = records[str(number)] = _blank(number)
             try:
@@ -90,8 +92,10 @@ class Generator:
                 yield self._request(number, raw.value, record)
             except BadRow as problem:
                 _fail(record, f"{problem.reason}: {problem.detail}" if problem.detail else problem.reason)
+                failed[problem.reason] += 1
             except FtrayError as error:
                 _fail(record, told(error))
+                failed[_reason(error)] += 1
 
     def _request(self, number: int, row: Any, record: dict[str, Any]) -> Request:
         asking = self._generation.asking
@@ -160,7 +164,7 @@ class Generator:
 
     # --------------------------------------------------------------------------------------------------------- writing
 
-    def _write(self, part: Part, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def _write(self, part: Part, records: list[dict[str, Any]], failed: Counter[str]) -> dict[str, Any]:
         rows, note = part_names(self._generation.folder, part.number)
         sink = Sink(rows)
         try:
@@ -171,7 +175,6 @@ class Generator:
             raise RunError(f"answers cannot be written: {error}", where=rows) from None
         finally:
             sink.abort()
-        failed = Counter(_reason(record["error"]) for record in records if record["error"] is not None)
         counts = {
             "number": part.number,
             "rows": len(records),
@@ -191,7 +194,8 @@ def use_cores(count: int | None = None) -> None:
 
 
 def told(error: FtrayError) -> str:
-    return str(error).replace("\n", " ")
+    """In one line."""
+    return " ".join(str(error).split())
 
 
 def as_line(record: dict[str, Any]) -> bytes:
@@ -219,6 +223,7 @@ def _fail(record: dict[str, Any], why: str) -> None:
     record["finish_reason"], record["error"] = "error", why
 
 
-def _reason(error: str) -> str:
-    """An error without what is a row's own."""
-    return re.sub(r"[\d,]*\d", "N", error.split("  → ")[0].split(" → ")[0])[:120]
+def _reason(error: FtrayError) -> str:
+    """By which rows are counted: without the numbers, which are a row's own."""
+    what = re.sub(r"\d[\d,]*", "…", error.what)
+    return f"{error.where}: {what}" if error.where else what
