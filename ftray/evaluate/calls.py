@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ftray.config.creation import Answers, Creation, Instructions, Teacher
 from ftray.data.formats import Template
@@ -31,28 +31,6 @@ class Call:
     @property
     def characters(self) -> int:
         return sum(len(str(turn["content"])) for turn in self.messages)
-
-
-class Calls(Protocol):
-    """All calls of a creation."""
-
-    columns: tuple[str, ...]
-    """Of its rows."""
-    compared: tuple[str, ...]
-    """Those by which rows are near each other."""
-    rows_per_call: int
-    shape: Any
-    """JSON of everything that shapes the calls, but the teacher."""
-
-    def __len__(self) -> int:
-        """Calls there can be."""
-        ...
-
-    def call(self, number: int) -> Call: ...
-
-    def rows(self, call: Call, entry: dict[str, Any]) -> tuple[list[dict[str, Any]], Refusal | None]:
-        """(rows in an answer, not yet judged; what is wrong with it besides)."""
-        ...
 
 
 def calls_of(creation: Creation) -> Calls:
@@ -101,16 +79,21 @@ def _schema(columns: Sequence[str]) -> dict[str, Any]:
 
 
 class MadeUp:
+    """Topics in turn, without an end."""
+
     def __init__(self, ask: Instructions) -> None:
         self._ask = ask
         self._prompt = _template(ask.prompt, "ask.prompt")
         self._persona = _template(ask.persona, "ask.persona")
         self.columns: tuple[str, ...] = tuple(ask.columns)
         self.compared: tuple[str, ...] = tuple(ask.columns[:-1]) or tuple(ask.columns)
+        """By these rows are near each other."""
         self.rows_per_call = ask.rows_per_call
         self.shape: Any = ask.model_dump(mode="json")
+        """JSON of everything that shapes the calls, but the teacher."""
 
     def __len__(self) -> int:
+        """Calls there can be."""
         return 1 << 40
 
     def call(self, number: int) -> Call:
@@ -124,6 +107,7 @@ class MadeUp:
         return Call(number, _turns(self._persona(fields), self._prompt(fields)), {"topic": topic})
 
     def rows(self, call: Call, entry: dict[str, Any]) -> tuple[list[dict[str, Any]], Refusal | None]:
+        """(rows in an answer, not yet judged; what is wrong with it besides)."""
         found, whole = objects_in(entry["answer"], self.columns)
         if whole and found:
             return found, None
@@ -176,6 +160,10 @@ class Given:
         if len([turn for turn in call.messages if turn["role"] != "system"]) > 1:
             row["messages"] = [*call.messages, {"role": "assistant", "content": row["completion"]}]
         return [row], None
+
+
+Calls = MadeUp | Given
+"""All calls of a creation."""
 
 
 def _template(text: str, where: str) -> Template:

@@ -39,7 +39,7 @@ def test_a_dead_worker_and_a_stopped_driver_lose_nothing(tmp_path: Path):
         adapter_column="who",
         base="embedded",
         part_rows=8,
-        workers=2,
+        workers=1,
     )
     stopped, killed = RuntimeError("stopped in the middle"), []
 
