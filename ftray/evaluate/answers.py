@@ -15,7 +15,13 @@ from ftray.evaluate.answer import Answer
 from ftray.model.served import Adapter, Base
 from ftray.registry.ref import Ref
 
-SLOTS = {"cpu": 32, "cuda": 128}
+SLOTS = {"cpu": 64, "cuda": 128}
+STEP_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Of one step, prompts included. An endpoint reads prompts in small pieces, so that nobody's answer stalls; here nobody
+waits for a token. Measured, 600 short prompts for 25 adapters on the embedded base, CPU seconds of one thread: 7.2 with
+the endpoint's options, 3.2 with these."""
+KV_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
+"""Of keys and values, at most: long contexts get fewer slots."""
 _AHEAD = 4
 """Requests in flight are this many times the slots: prompts of one adapter then find each other's beginnings."""
 
@@ -44,15 +50,11 @@ def answers_of(
     """The answer to each prompt, in order, written by one engine on `base`, which must have no other. `longest` is the
     longest prompt in tokens, virtual ones of its adapter included; `decoding` allows as many tokens as any prompt's own
     does. Raises RunError when a request fails."""
-    slots = SLOTS[base.model.device.type]
-    most = _AHEAD * slots
-    options = EngineOptions(
-        slots=slots, context=longest + decoding.max_tokens, queue=most, tenant_queue=most, adapters=len(adapters) or 1
-    )
+    options = bulk_options(base, longest + decoding.max_tokens, adapters=len(adapters) or 1)
     engine = Engine(base, lambda ref: adapters[ref.digest], options)
     answers: list[Answer] = []
     try:
-        for count, (end, text) in enumerate(answered(engine, _requests(prompts, decoding, answers), most), 1):
+        for count, (end, text) in enumerate(answered(engine, _requests(prompts, decoding, answers)), 1):
             if end.error is not None:
                 raise _failed(end.error)
             answer = answers[int(end.id)]
@@ -63,9 +65,28 @@ def answers_of(
         engine.close()
 
 
-def answered(engine: Engine, requests: Iterator[Request], most: int) -> Iterator[tuple[Finished, str]]:
-    """(last event, whole text) of each request, as they end, with up to `most` in flight. A request that can never be
-    answered ends at once, with its error."""
+def bulk_options(base: Base, context: int, *, slots: int | None = None, adapters: int | None = None) -> EngineOptions:
+    """Of an engine for whose tokens nobody waits. `slots`: None for as many as there is room for."""
+    device = base.model.device.type
+    if slots is None:
+        slots = max(1, min(SLOTS[device], KV_BYTES[device] // (context * _token_bytes(base))))
+    most = _AHEAD * slots
+    step = max(STEP_TOKENS[device], 2 * slots)
+    return EngineOptions(
+        slots=slots,
+        context=context,
+        step_tokens=step,
+        prompt_tokens=step,
+        queue=most,
+        tenant_queue=most,
+        adapters=adapters,
+    )
+
+
+def answered(engine: Engine, requests: Iterator[Request]) -> Iterator[tuple[Finished, str]]:
+    """(last event, whole text) of each request, as they end. A request that can never be answered ends at once, with
+    its error."""
+    most = _AHEAD * engine.options.slots
     pieces: dict[str, list[str]] = defaultdict(list)
     more = True
     while more or engine.in_flight():
@@ -86,6 +107,14 @@ def answered(engine: Engine, requests: Iterator[Request], most: int) -> Iterator
                 pieces[event.id].append(event.text)
             else:
                 yield event, "".join(pieces.pop(event.id, []))
+
+
+def _token_bytes(base: Base) -> int:
+    """Of one token's keys and values in all layers."""
+    config = base.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * base.model.dtype.itemsize
 
 
 def _requests(prompts: Iterable[Prompt], decoding: Decoding, answers: list[Answer]) -> Iterator[Request]:

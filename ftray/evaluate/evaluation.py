@@ -32,7 +32,7 @@ from ftray.evaluate.questions import BETWEEN, Asked, Examples, Prompter, Questio
 from ftray.evaluate.scores.metric import Measured, Metric
 from ftray.evaluate.scores.registry import opened
 from ftray.evaluate.statistics import Difference, Interval, compare, interval, resamples
-from ftray.evaluate.systems import BaseKey, System, baselines
+from ftray.evaluate.systems import BaseKey, System, baselines, read_adapters
 from ftray.model.load import DTYPES
 from ftray.model.served import Adapter, Base
 
@@ -179,10 +179,7 @@ def _ask_base(key: BaseKey, group: Sequence[Outcome], task: Task, examples: Exam
     on_event({"kind": "status", "text": f"loading {key.model.path} for {names}"})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(key.model, quantized=key.quantized, dtype=DTYPES[key.precision], device=device)
-    adapters: dict[str, Adapter] = {}
-    for system in (outcome.system for outcome in group):
-        if system.key is not None and system.folder is not None:
-            adapters[system.key] = base.read(system.folder)
+    adapters = read_adapters(base, [outcome.system for outcome in group])
     prompters = {
         template: Prompter(Vocabulary.of(load_tokenizer(key.model, template)))
         for template in {outcome.system.chat_template for outcome in group}

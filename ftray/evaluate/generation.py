@@ -48,7 +48,7 @@ class Asking:
     registry: str | None = None
     part_rows: int = 256
     slots: int | None = None
-    """Answers that a worker writes at once; None: 32 on a CPU, 64 on a GPU."""
+    """Answers that a worker writes at once; None: as many as there is room for, fewer with a long context."""
     context: int | None = None
     """Tokens of prompt and answer together; None: what the base allows, at most 4,096."""
     workers: int | None = None

@@ -19,10 +19,9 @@ from ftray.data.rows import BadRow, Raw, shortened
 from ftray.data.shards import Sink
 from ftray.data.tokenizer import load_tokenizer
 from ftray.engine.engine import Engine, load_base
-from ftray.engine.options import EngineOptions
 from ftray.engine.request import Request, Sampling
 from ftray.errors import ArtefactError, FtrayError, RunError
-from ftray.evaluate.answers import answered
+from ftray.evaluate.answers import answered, bulk_options
 from ftray.evaluate.generation import Generation, Part, adapter_of
 from ftray.evaluate.questions import Prompter, ask_only
 from ftray.evaluate.systems import resolved
@@ -30,9 +29,6 @@ from ftray.manifest import join, write_text
 from ftray.model.served import Adapter
 from ftray.registry.ref import Ref
 
-_SLOTS = {"cpu": 32, "cuda": 64}
-_AHEAD = 4
-"""Requests in flight are this many times the slots."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -70,7 +66,7 @@ class Generator:
         records: dict[str, dict[str, Any]] = {}
         failed: Counter[str] = Counter()
         requests = self._requests(part, records, failed)
-        for end, text in answered(engine, requests, _AHEAD * engine.options.slots):
+        for end, text in answered(engine, requests):
             record = records[end.id]
             record["answer"], record["finish_reason"], record["tokens"] = (
                 text,
@@ -145,10 +141,9 @@ class Generator:
         asking, key = self._generation.asking, self._generation.base
         device = "cuda" if torch.cuda.is_available() else "cpu"
         base = load_base(key.model, quantized=key.quantized, dtype=_DTYPES[key.precision], device=device)
-        slots = asking.slots or _SLOTS[device]
-        most = _AHEAD * slots
-        options = EngineOptions(slots=slots, context=asking.context, queue=most, tenant_queue=most)
-        return Engine(base, self._load, options)
+        longest = min(4096, getattr(base.config, "max_position_embeddings", None) or 4096)
+        options = bulk_options(base, asking.context or longest, slots=asking.slots)
+        return Engine(base, self._load, options.model_copy(update={"context": asking.context}))
 
     def _load(self, ref: Ref) -> Adapter:
         """For the engine's threads. Raises FtrayError, which is then that of the rows."""

@@ -23,9 +23,9 @@ from ftray.evaluate.evaluation import OnEvent, places_of
 from ftray.evaluate.losses import LossRow, row_losses
 from ftray.evaluate.questions import Asked, Prompter, questions_of, read_rows, split_rows
 from ftray.evaluate.scores.registry import expanded, opened
-from ftray.evaluate.systems import BaseKey, System, baselines
+from ftray.evaluate.systems import BaseKey, System, baselines, read_adapters
 from ftray.model.load import DTYPES
-from ftray.model.served import Adapter, Base
+from ftray.model.served import Base
 
 GENERAL_ROWS = 200
 """Rows of general text whose loss is taken, at most."""
@@ -134,9 +134,7 @@ class _Group:
 
     def __init__(self, key: BaseKey, base: Base, systems: list[System], columns: Sequence[Column]) -> None:
         self.base, self.systems, self.columns = base, systems, columns
-        self.adapters: dict[str, Adapter] = {
-            system.key: base.read(system.folder) for system in systems if system.key and system.folder
-        }
+        self.adapters = read_adapters(base, systems)
         templates = {system.chat_template for system in systems}
         self.prompters = {t: Prompter(Vocabulary.of(load_tokenizer(key.model, t))) for t in templates}
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftray import __version__
-from ftray.evaluate.diagnosis import Curves, diagnose, in_words
+from ftray.evaluate.diagnosis import in_words
 from ftray.evaluate.evaluation import LOSS, Outcome, Result, perplexity
 from ftray.evaluate.judge import Judged
 from ftray.evaluate.matrix import Matrix, matrix_json
 from ftray.evaluate.record import read_record
+from ftray.evaluate.report import findings_of
 from ftray.evaluate.scores.metric import Metric
 from ftray.evaluate.statistics import interval, resamples
 from ftray.manifest import join, write_text
@@ -62,7 +63,7 @@ def to_json(result: Result) -> dict[str, Any]:
         "judged": [_judged(pair, found, result) for pair, found in result.judged.items()],
         "overlap": _overlap(result),
         "diagnosis": {
-            outcome.system.name: in_words(diagnose(Curves.of(read_record(outcome.system.run_folder))))
+            outcome.system.name: in_words(findings_of(read_record(outcome.system.run_folder)))
             for outcome in result.outcomes
             if outcome.system.run_folder is not None
         },

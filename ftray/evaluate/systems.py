@@ -13,6 +13,7 @@ from ftray.config import Model, Run, load_run, parse_run, recipe_names
 from ftray.data.remote import cache_folder, local_copy
 from ftray.errors import ArtefactError, ConfigError, UserError
 from ftray.manifest import digest_of, filesystem
+from ftray.model.served import Adapter, Base
 from ftray.registry.facts import CONFIG, FACTS
 from ftray.registry.ref import parse_name
 from ftray.registry.store import Registry
@@ -53,6 +54,9 @@ class System:
     """Rows in front of each question."""
     step: int | None = None
     chat_template: str | None = None
+    """File of a template in place of the tokenizer's own."""
+    base_sha256: str | None = None
+    """Digest of the base that an adapter was trained on, where it says so."""
 
 
 @contextmanager
@@ -121,11 +125,23 @@ def _of_facts(
     template = run.data.chat_template if run else None
     if facts["kind"] == "model":
         base = BaseKey(Model(path=str(folder)), False, precision)
-        return System(shown, "model", name, base, None, None, run, run_folder, 0, facts.get("step"), template)
+        return System(shown, "model", name, base, run=run, run_folder=run_folder, step=facts.get("step"))
     model = run.model if run else Model(path=facts["base"]["path"], revision=facts["base"]["revision"])
     base = BaseKey(model, facts["method"]["name"].startswith("q"), precision)
     key = digest_of(facts["files"])
-    return System(shown, "adapter", name, base, folder, key, run, run_folder, 0, facts.get("step"), template)
+    return System(
+        shown,
+        "adapter",
+        name,
+        base,
+        folder,
+        key,
+        run,
+        run_folder,
+        step=facts.get("step"),
+        chat_template=template,
+        base_sha256=facts["base"]["sha256"],
+    )
 
 
 def _of_peft(name: str, folder: Path) -> System:
@@ -162,7 +178,27 @@ def _of_registry(name: str, registry: str | None, stack: ExitStack) -> System:
     folder = stack.enter_context(cache.get(ref))
     base = BaseKey(model, facts.method.name.startswith("q"), run.train.precision if run else "bf16")
     template = run.data.chat_template if run else None
-    return System(f"{tenant}/{short}", "adapter", name, base, folder, ref.digest, run, None, 0, facts.step, template)
+    shown = f"{tenant}/{short}"
+    return System(
+        shown, "adapter", name, base, folder, ref.digest, run, step=facts.step, chat_template=template
+    )  # the cache has compared the base's digest
+
+
+def read_adapters(base: Base, systems: Sequence[System]) -> dict[str, Adapter]:
+    """The adapters among these systems, by key. Raises ArtefactError for one that was trained on another base."""
+    found, digest = {}, None
+    for system in systems:
+        if system.key is None or system.folder is None:
+            continue
+        digest = digest or base.digest
+        if system.base_sha256 not in (None, digest):
+            raise ArtefactError(
+                f"{base.source.path} is not the base that it was trained on (SHA-256 differs)",
+                where=system.where,
+                hint="put the base's own files back; on another base its figures would mean nothing",
+            )
+        found[system.key] = base.read(system.folder)
+    return found
 
 
 def baselines(systems: Sequence[System], counts: Sequence[int]) -> list[System]:

@@ -1,6 +1,6 @@
 """`ftray evaluate` on E2E: base, 5-shot, LoRA and full tuning, five metrics with intervals, on the 630 test questions.
 
-    python tests/bench/evaluate_e2e.py [--base stories260k|embedded] [--steps 250] [--limit 630] [--folder DIR]
+    python tests/bench/evaluate_e2e.py [--base stories260k|embedded] [--steps 600] [--limit 630] [--folder DIR]
 
 Trains both runs where the folder has none yet (minutes), then evaluates them together with the command, and prints its
 table and how long it took; the figure to reach is ten minutes on 2 cores. Needs FTRAY_DATA.
@@ -42,7 +42,7 @@ def ftray(*arguments: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", choices=RECIPES, default="stories260k")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--limit", type=int, default=630)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "ftray-evaluate-e2e"))
     arguments = parser.parse_args()

@@ -16,11 +16,11 @@ from ftray.train.loop import train_worker
 from ftray.train.world import World
 from tests.toys import MemoryData, Recorder, cheese_rows, toy_run
 
-HEALTHY = {"steps": 60, "rows": 256, "rate": "5e-3", "schedule": "cosine", "every": 10}
+HEALTHY = {"steps": 40, "rows": 256, "rate": "5e-3", "schedule": "cosine", "every": 10}
 MADE = {
     "healthy": HEALTHY,
-    "overfit on 20 rows": HEALTHY | {"rows": 20, "schedule": "constant", "steps": 70},
-    "rate 100 times too high": HEALTHY | {"rate": "5e-1", "steps": 40},
+    "overfit on 20 rows": HEALTHY | {"rows": 20, "schedule": "constant", "steps": 60, "rate": "1e-2"},
+    "rate 100 times too high": HEALTHY | {"rate": "5e-1", "steps": 20},
     "1 step": HEALTHY | {"steps": 1, "rate": "1e-4", "every": 1},
     "cut short": HEALTHY | {"steps": 12, "schedule": "constant", "rate": "1e-3", "every": 3},
 }
