@@ -42,6 +42,8 @@ def generate_command(
     from ftray.evaluate.generate import generate
     from ftray.evaluate.generation import Asking
 
+    if not verbose:  # a line of Ray's core about each actor that may be started again
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = Asking(source, out, sampling, registry=registry or os.environ.get(VARIABLE), **asking)
     with open_console(as_json=as_json) as console, ray_session(verbose=verbose):
         found = generate(wanted, console)

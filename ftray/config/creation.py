@@ -182,6 +182,11 @@ def creation_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
 
 
+def creation_text(name: str) -> str:
+    """The recipe's YAML as it is shipped."""
+    return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def _folder() -> Any:
     return resources.files("ftray") / "recipes" / "creations"
 
@@ -198,7 +203,7 @@ def load_creation(where: str, overrides: Iterable[str] = ()) -> Creation:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"this recipe cannot be read: {error}", where=where) from None
     elif where in creation_names():
-        text, name = (_folder() / f"{where}.yaml").read_text(encoding="utf-8"), f"recipe {where}"
+        text, name = creation_text(where), f"recipe {where}"
     else:
         near = difflib.get_close_matches(where, creation_names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(creation_names())}"

@@ -188,7 +188,7 @@ class _Work:
         each = self.calls.rows_per_call
         if made.judged >= 4:
             each = max(each * 0.1, len(made.rows) / made.judged)  # type: ignore[assignment]
-        waiting = sum(number >= self._next for number in self.journal.answers)
+        waiting = len(self.journal.answers) - made.judged
         return len(made.rows) + (len(self._flying) + waiting) * each >= self._wanted
 
     def _over_budget(self, reserve: int) -> str | None:

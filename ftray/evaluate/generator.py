@@ -54,6 +54,9 @@ class Generator:
         """Write a part. Returns its counts; an FtrayError that is not a row's own is under "error"."""
         try:
             return self._do(part)
+        except torch.OutOfMemoryError as error:
+            hint = "fewer --slots or a shorter --context; the parts that are done are kept"
+            return {"number": part.number, "error": ["RunError", f"a worker's GPU is full: {error}", None, hint]}
         except FtrayError as error:
             return {"number": part.number, "error": [type(error).__name__, error.what, error.where, error.hint]}
 

@@ -323,6 +323,8 @@ def test_recipes_and_refusals(tmp_path, capsys):
     assert call(["create", "cheese-expert", "teacher.url=https://u:p@host/v1"]) == 2
     assert call(["create", "cheese-expert", "ask.prompt='{topik}'", "--dry-run"]) == 2
     assert "{topic}" in capsys.readouterr().err
+    assert call(["recipes", "cheese-expert"]) == 0
+    assert "affineur" in capsys.readouterr().out
     assert call(["create", "cheese-exper"]) == 2
     assert "did you mean 'cheese-expert'" in capsys.readouterr().err
 
