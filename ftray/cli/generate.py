@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from ftray.cli.console import open_console
 from ftray.cli.words import count, duration, facts, some
@@ -12,6 +14,9 @@ from ftray.config import Decoding, Source
 from ftray.config.explain import explain
 from ftray.errors import ConfigError
 from ftray.session import ray_session
+
+if TYPE_CHECKING:
+    from ftray.evaluate.generation import Generation, Part
 
 
 def generate_command(
@@ -38,15 +43,22 @@ def generate_command(
     source = _model(Source, {"path": prompts, "format": format, "limit": limit}, "--prompt")
     sampling = _model(Decoding, {key: value for key, value in decoding.items() if value is not None}, "decoding")
 
+    from ftray.cli.export import quiet
     from ftray.cli.publish import VARIABLE
-    from ftray.evaluate.generate import generate
+    from ftray.evaluate.generate import generate, on_ray
     from ftray.evaluate.generation import Asking
+
+    def on_own_ray(generation: Generation, parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
+        """Ray is started once it is known that there is something to do."""
+        if parts:
+            with ray_session(verbose=verbose):
+                yield from on_ray(generation, parts)
 
     if not verbose:  # a line of Ray's core about each actor that may be started again
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = Asking(source, out, sampling, registry=registry or os.environ.get(VARIABLE), **asking)
-    with open_console(as_json=as_json) as console, ray_session(verbose=verbose):
-        found = generate(wanted, console)
+    with open_console(as_json=as_json) as console, nullcontext() if verbose else quiet():
+        found = generate(wanted, console, on_own_ray)
     if as_json:
         print(json.dumps({"kind": "generation", **found}, ensure_ascii=False))
     else:

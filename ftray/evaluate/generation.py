@@ -120,8 +120,7 @@ def plan(asking: Asking) -> Generation:
     cannot be reached."""
     if asking.decoding.beams > 1 or asking.decoding.no_repeat_ngram:
         raise ConfigError("the engine has no beam search, nor no_repeat_ngram", hint="ftray evaluate has both")
-    if is_local(asking.out):
-        asking = replace(asking, out=filesystem(asking.out)[1])
+    asking = _absolute(asking)
     files = files_of(asking.source)
     fragments = [_with_adapter(f, asking) for f in fragments_of(asking.source, files, 0, "held_out")]
     parts, counts = _parts(fragments, asking)
@@ -139,6 +138,20 @@ def plan(asking: Asking) -> Generation:
         "decoding": decoding,
     }
     return Generation(asking, base, adapters, refused, tuple(fragments), tuple(parts), dict(counts), digest_of(shaping))
+
+
+def _absolute(asking: Asking) -> Asking:
+    """With paths that mean the same in a worker, wherever that runs."""
+
+    def whole(path: str) -> str:
+        return filesystem(path)[1] if is_local(path) else path
+
+    return replace(
+        asking,
+        out=whole(asking.out),
+        registry=whole(asking.registry) if asking.registry else None,
+        chat_template=whole(asking.chat_template) if asking.chat_template else None,
+    )
 
 
 def _with_adapter(fragment: Fragment, asking: Asking) -> Fragment:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from ftray.cli.main import call
 from ftray.config import Decoding, Model, Source
 from ftray.errors import ConfigError, DataError
 from ftray.evaluate.generate import generate, here
@@ -185,6 +186,20 @@ def test_what_cannot_begin(place, tmp_path):
         plan(asking(place, "x.jsonl", base=None, adapter_column=None))
     with pytest.raises(ConfigError, match="beam"):
         plan(asking(place, "x.jsonl", decoding=Decoding(beams=2)))
+
+
+def test_mistakes_on_the_command_line(place, capsys):
+    out = str(place / "x.jsonl")
+    for arguments, told in (
+        (["--messages", "m", "--chat"], "whole conversations"),
+        (["--top-p", "2"], "top_p"),
+        (["--prompt", "{q", "--base", "embedded"], "no template"),
+        (["--prompt", "{q}"], "which base"),
+    ):
+        assert call(["generate", str(place / "prompts.jsonl"), "--out", out, *arguments]) == 2
+        assert told in capsys.readouterr().err
+    assert call(["generate", str(place / "nothing.jsonl"), "--out", out, "--base", "embedded"]) == 2
+    assert "no file" in capsys.readouterr().err
 
 
 def test_seeds_belong_to_rows(place):
