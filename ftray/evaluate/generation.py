@@ -19,6 +19,7 @@ from ftray.data.readers import read
 from ftray.data.sources import describe_sources, files_of, fragments_of
 from ftray.data.tokenizer import local_model_folder
 from ftray.errors import ConfigError, DataError, UserError
+from ftray.evaluate.questions import ask_only
 from ftray.evaluate.systems import BaseKey, System, resolved
 from ftray.manifest import digest_of, filesystem, is_local
 
@@ -120,6 +121,7 @@ def plan(asking: Asking) -> Generation:
     cannot be reached."""
     if asking.decoding.beams > 1 or asking.decoding.no_repeat_ngram:
         raise ConfigError("the engine has no beam search, nor no_repeat_ngram", hint="ftray evaluate has both")
+    ask_only(asking.source.format)  # a template that is none is refused before anything is read
     asking = _absolute(asking)
     files = files_of(asking.source)
     fragments = [_with_adapter(f, asking) for f in fragments_of(asking.source, files, 0, "held_out")]

@@ -43,7 +43,7 @@ def place(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("generate")
     base = facts_of_base(Model(path="embedded"))
     for i in range(4):
-        write_adapter(root / f"adapter{i}", seed=i, base=base, scale=0.05)
+        write_adapter(root / f"adapter{i}", seed=i, base=base, scale=0.15)
         change_facts(root / f"adapter{i}", run=None)
         seal(root / f"adapter{i}")
     write_adapter(root / "stranger")
