@@ -13,6 +13,7 @@ import typer
 from ftray import errors
 from ftray.cli.main import app
 from ftray.config import load_run, parse_run, recipe_names
+from ftray.config.creation import creation_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +44,7 @@ def test_a_command_exists_with_its_options(line):
     if name in ("check", "data", "train") and context.params.get("run") not in (None, "RUN"):
         parse_run(RUN_FILE, "README", context.params["overrides"] or [])
     if name == "recipes" and context.params.get("name"):
-        assert context.params["name"] in recipe_names()
+        assert context.params["name"] in [*recipe_names(), *creation_names()]
 
 
 def test_every_command_is_on_the_page():
