@@ -108,6 +108,7 @@ class _Work:
         self._flying: dict[Future[None], int] = {}
         self._reserved: dict[int, int] = {}
         """Tokens that a call in flight may cost, by its number."""
+        self._reserved_tokens = 0
         self._next = 0
         """The first call that is not judged yet."""
         self._launched = 0
@@ -173,10 +174,11 @@ class _Work:
                 return "done" if number >= len(self.calls) else None
             call = self.calls.call(number)
             reserve = teacher.sampling.max_tokens + math.ceil(call.characters / _CHARACTERS_PER_TOKEN)
-            if (spent := self._over_budget(reserve)) is not None:
+            if (spent := self._over_budget(1, reserve)) is not None:
                 return spent
             self._launched = number + 1
             self._reserved[number] = reserve
+            self._reserved_tokens += reserve
             self._flying[pool.submit(self._ask, call, reserve)] = number
         return None
 
@@ -191,16 +193,17 @@ class _Work:
         waiting = len(self.journal.answers) - made.judged
         return len(made.rows) + (len(self._flying) + waiting) * each >= self._wanted
 
-    def _over_budget(self, reserve: int) -> str | None:
+    def _over_budget(self, more_calls: int, more_tokens: int) -> str | None:
+        """Why no more may be sent, what is in flight being reckoned at the most it can cost. From any thread."""
         budget, journal = self.creation.budget, self.journal
-        calls = journal.calls + len(self._flying)
-        if budget.calls is not None and calls >= budget.calls:
+        calls = journal.calls + len(self._flying) + more_calls
+        if budget.calls is not None and calls > budget.calls:
             return f"budget.calls: {journal.calls:,} of {budget.calls:,} calls are spent"
-        tokens = journal.all_tokens + sum(self._reserved.values()) + reserve
+        tokens = journal.all_tokens + self._reserved_tokens + more_tokens
         if budget.tokens is not None and tokens > budget.tokens:
             return (
                 f"budget.tokens: {journal.all_tokens:,} of {budget.tokens:,} tokens are spent, and a call may take"
-                f" {reserve:,}"
+                f" {more_tokens or self.creation.teacher.sampling.max_tokens:,}"
             )
         return None
 
@@ -209,10 +212,15 @@ class _Work:
         body = body_of(call, self.creation.teacher, self.calls)
         began = time.monotonic()
 
+        def before() -> None:
+            if (spent := self._over_budget(0, 0)) is not None:  # its own tries without an answer have spent it
+                raise RunError(spent)
+            self._pace.wait(reserve)
+
         def lost(why: str) -> None:
             self.journal.append({"call": call.number, "lost": why, "tokens": reserve})
 
-        found = self._endpoint.post("chat/completions", body, before=lambda: self._pace.wait(reserve), lost=lost)
+        found = self._endpoint.post("chat/completions", body, before=before, lost=lost)
         answer = answer_of(found, self._endpoint)
         self.journal.append(
             {
@@ -229,7 +237,7 @@ class _Work:
     def _land(self, done: set[Future[None]]) -> None:
         for future in done:
             number = self._flying.pop(future)
-            self._reserved.pop(number, None)
+            self._reserved_tokens -= self._reserved.pop(number)
             error = None if future.cancelled() else future.exception()
             if error is None:
                 continue

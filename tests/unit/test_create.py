@@ -193,6 +193,16 @@ def test_a_budget_is_kept_and_what_is_there_is_written(tmp_path, capsys):
         assert found["rows"] == len(lines(tmp_path / "x/rows.jsonl")) > 20
 
 
+def test_tries_without_an_answer_are_within_the_budget(tmp_path):
+    """A broken connection may have been paid: it counts as if it had."""
+    with Teacher(lambda number, attempt: 0.0 if attempt == 0 else honest(number, attempt)) as teacher:
+        facts, why = create(recipe(teacher, tmp_path / "x", rows=100, budget={"calls": 9}), lambda event: None)
+    assert "budget.calls" in why
+    assert teacher.asked.total() <= 9
+    assert facts["calls"]["lost"] + facts["calls"]["answered"] == teacher.asked.total()
+    assert facts["tokens"]["lost_at_most"] > 1500 * facts["calls"]["lost"]
+
+
 def test_rates_are_kept(tmp_path):
     with Teacher(honest) as teacher:
         create(recipe(teacher, tmp_path / "x", rows=12, teacher={"requests_per_minute": 600}), lambda event: None)
