@@ -46,22 +46,23 @@ def lora_config(rank: int = 2) -> dict[str, Any]:
     }
 
 
-def write_adapter(folder: Path, seed: int = 0, rank: int = 2) -> str:
-    """A LoRA adapter that passes the check against BASE; returns its digest."""
+def write_adapter(folder: Path, seed: int = 0, rank: int = 2, base: BaseFacts = BASE, scale: float = 1.0) -> str:
+    """A LoRA adapter that passes the check against `base`; returns its digest. `scale`: of its random values."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = lora_config(rank)
+    config = lora_config(rank) | {"base_model_name_or_path": base.path}
     (folder / CONFIG).write_text(json.dumps(config))
     (folder / CARD).write_text(f"# Adapter {seed}\n")
     random = np.random.default_rng(seed)
-    shapes = expected_tensors(config, SHAPES)
-    save_file({key: random.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}, folder / WEIGHTS)
+    shapes = expected_tensors(config, base.shapes)
+    values = {key: (scale * random.normal(size=shape)).astype(np.float32) for key, shape in shapes.items()}
+    save_file(values, folder / WEIGHTS)
     facts = {
         "format": 1,
         "ftray": "0.1.0",
         "kind": "adapter",
-        "base": {"path": BASE.path, "revision": None, "sha256": BASE.digest},
+        "base": {"path": base.path, "revision": None, "sha256": base.digest},
         "method": LoRA(name="lora", rank=rank).model_dump(mode="json"),
-        "chat_template_sha256": BASE.chat_template,
+        "chat_template_sha256": base.chat_template,
         "tokenizer_sha256": None,
         "data_sha256": "da7a" * 16,
         "run": {"name": f"run-{seed}"},

@@ -300,6 +300,145 @@ def tune(
 
 
 @app.command()
+def generate(
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="JSONL, CSV, Parquet, …: a file, glob, folder or fsspec URI.")
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The answers, JSONL; a path or any fsspec URI.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEMPLATE", help="The prompt, of a row's columns; default: {prompt}")
+    ] = None,
+    messages: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of conversations, the user's turn last.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn, in the chat template.")] = False,
+    adapter_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Names each row's adapter: a run, a folder, a registry's; empty: none."),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Answers rows that name none; default: the base does.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A folder, hub name or run; default: the first adapter's.")
+    ] = None,
+    nf4: Annotated[
+        bool | None, typer.Option("--nf4/--no-nf4", help="The base in NF4; default: as the first adapter's run.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For all rows; default: each adapter's own.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of an answer; default: 128.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: 0, greedy.", min=0)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default: 1, all tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Default: 0, all tokens.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="With the row's number: of its draws; default: 0.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="An answer ends before it; repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first rows alone.", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Each holds the base; default: one a GPU, or one a machine.", min=1)
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Answers a worker writes at once.", min=1)] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; default: up to 4096.")] = None,
+    part_rows: Annotated[int, typer.Option(help="Rows that a kill loses at most, of each worker.", min=1)] = 256,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what FILE or its parts hold.")] = False,
+    registry: RegistryUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer every row of a file, with any mix of adapters.
+
+    One base a worker answers for all adapters in one batch, on Ray Data. FILE has one line a row, in the rows' order:
+    row, input, adapter, answer, finish_reason, prompt_tokens, tokens, error. A row that cannot be answered (too long,
+    an unknown adapter) has its error in its own line.
+
+    Whatever is killed, the same command goes on: finished parts are kept in FILE.parts, and FILE appears when it is
+    whole, with FILE.manifest.json beside it.
+
+    ftray generate prompts.csv --out answers.jsonl --adapter runs/cheese --chat --prompt "{question}"
+
+    ftray generate prompts.jsonl --out answers.jsonl --messages messages --adapter-column tenant --registry s3://r
+    """
+    from ftray.cli.generate import generate_command
+
+    generate_command(
+        prompts,
+        out,
+        prompt=prompt,
+        messages=messages,
+        chat=chat,
+        decoding={
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "stop": stop,
+        },
+        limit=limit,
+        registry=registry,
+        as_json=as_json,
+        verbose=verbose,
+        adapter=adapter,
+        adapter_column=adapter_column,
+        base=base,
+        quantized=nf4,
+        chat_template=chat_template,
+        workers=workers,
+        slots=slots,
+        context=context,
+        part_rows=part_rows,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def create(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A YAML file, the folder of one begun, or a recipe: cheese-expert.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Keys to change, dotted: rows=100 teacher.model=NAME", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the first call, and send nothing.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON schema, for editors.")] = False,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks of errors.")] = False,
+) -> None:
+    """Make rows to learn from, by a teacher model at an OpenAI-compatible endpoint.
+
+    `ask: instructions` has it make up questions with answers about topics, several a call; `ask: answers` has it answer
+    given prompts. Rows are filtered: form, length, refusals, language, test files, exact and near duplicates; what was
+    refused is counted and kept, with its reason.
+
+    Every answer is written to a journal before it is judged, so that whatever is killed, the same command goes on and
+    pays nothing twice. Filters, rows and budget may be changed afterwards: the journal is judged again. The key is
+    taken from FTRAY_API_KEY or OPENAI_API_KEY. Exit codes: 0 all rows, 2 a mistake in what you gave, 3 fewer rows
+    (budget, failures), 75 stopped.
+
+    ftray create cheese-expert teacher.url=https://host/v1 teacher.model=NAME rows=200
+    """
+    if schema:
+        from ftray.config.creation import Creation
+
+        _print_json(Creation.model_json_schema())
+        return
+    if recipe is None:
+        raise UsageError("Missing argument 'RECIPE'.")
+    from ftray.cli.create import create_command
+
+    create_command(recipe, overrides or [], dry=dry_run, as_json=as_json)
+
+
+@app.command()
 def export(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs: folders, run files or recipes.")],
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new folder, or an fsspec URI.")],

@@ -6,6 +6,7 @@ import difflib
 from importlib import resources
 
 from ftray.config import recipe_names
+from ftray.config.creation import creation_names, creation_text
 from ftray.config.reading import search_recipe, search_recipe_names
 from ftray.errors import ConfigError
 
@@ -14,6 +15,8 @@ def recipe_text(name: str) -> str:
     """The recipe's YAML as it is shipped. Raises ConfigError for an unknown name."""
     if text := search_recipe(name):
         return text
+    if name in creation_names():
+        return creation_text(name)
     if name not in recipe_names():
         near = difflib.get_close_matches(name, [*recipe_names(), *search_recipe_names()], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(recipe_names())}"

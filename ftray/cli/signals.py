@@ -13,7 +13,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stop_on_signal(say: Callable[[str], None]) -> Iterator[threading.Event]:
+def stop_on_signal(
+    say: Callable[[str], None], what: str = "stopping after this step, with a commit"
+) -> Iterator[threading.Event]:
     """An event that the first signal sets. Ray sets a SIGTERM handler of its own when it is imported, so enter this
     after the session with Ray was opened; the handlers found are put back at the end."""
     stop = threading.Event()
@@ -23,7 +25,7 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[threading.Event]:
             os._exit(128 + number)  # Ray's local processes end with their parent
         stop.set()
         # a signal may come in the middle of a line being written, so the line is written elsewhere
-        text = f"{signal.Signals(number).name}: stopping after this step, with a commit; once more leaves at once"
+        text = f"{signal.Signals(number).name}: {what}; once more leaves at once"
         threading.Thread(target=say, args=(text,), daemon=True).start()
 
     before = {number: signal.signal(number, handle) for number in _SIGNALS}

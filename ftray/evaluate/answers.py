@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ftray.config import Decoding
 from ftray.engine.engine import Engine
 from ftray.engine.options import EngineOptions
-from ftray.engine.request import Chunk, Request, Sampling
-from ftray.errors import FtrayError, RunError
+from ftray.engine.request import Chunk, Finished, Request, Sampling, Usage
+from ftray.errors import FtrayError, RequestError, RunError
+from ftray.evaluate.answer import Answer
 from ftray.model.served import Adapter, Base
 from ftray.registry.ref import Ref
 
@@ -36,17 +38,6 @@ class Prompt:
     """Its own; None: that of all."""
 
 
-@dataclass
-class Answer:
-    text: str = ""
-    prompt_tokens: int = 0
-    tokens: int = 0
-    """Written."""
-    reason: str = ""
-    """`stop`, or `length` where `max_tokens` cut it off."""
-    _pieces: list[str] = field(default_factory=list, repr=False)
-
-
 def answers_of(
     base: Base,
     adapters: Mapping[str, Adapter],
@@ -59,40 +50,63 @@ def answers_of(
     """The answer to each prompt, in order, written by one engine on `base`, which must have no other. `longest` is the
     longest prompt in tokens, virtual ones of its adapter included; `decoding` allows as many tokens as any prompt's own
     does. Raises RunError when a request fails."""
-    context, device = longest + decoding.max_tokens, base.model.device.type
-    slots = max(1, min(SLOTS[device], KV_BYTES[device] // (context * _token_bytes(base))))
-    most = _AHEAD * slots
-    options = EngineOptions(
-        slots=slots,
-        context=context,
-        step_tokens=STEP_TOKENS[device],
-        prompt_tokens=STEP_TOKENS[device],
-        queue=most,
-        tenant_queue=most,
-        adapters=len(adapters) or 1,
-    )
+    options = bulk_options(base, longest + decoding.max_tokens, adapters=len(adapters) or 1)
     engine = Engine(base, lambda ref: adapters[ref.digest], options)
     answers: list[Answer] = []
     try:
-        waiting = _requests(prompts, decoding, answers)
-        finished = 0
-        _fill(engine, waiting, most)
-        while engine.in_flight():
-            engine.wait(1)
-            for event in engine.step():
-                answer = answers[int(event.id)]
-                if isinstance(event, Chunk):
-                    answer._pieces.append(event.text)
-                    continue
-                if event.error is not None:
-                    raise _failed(event.error)
-                answer.text = "".join(answer._pieces)
-                answer.reason, answer.tokens = event.reason, event.usage.completion_tokens
-                done(finished := finished + 1)
-            _fill(engine, waiting, most)
+        for count, (end, text) in enumerate(answered(engine, _requests(prompts, decoding, answers)), 1):
+            if end.error is not None:
+                raise _failed(end.error)
+            answer = answers[int(end.id)]
+            answer.text, answer.reason, answer.tokens = text, end.reason, end.usage.completion_tokens
+            done(count)
         return answers
     finally:
         engine.close()
+
+
+def bulk_options(base: Base, context: int, *, slots: int | None = None, adapters: int | None = None) -> EngineOptions:
+    """Of an engine for whose tokens nobody waits. `slots`: None for as many as there is room for."""
+    device = base.model.device.type
+    if slots is None:
+        slots = max(1, min(SLOTS[device], KV_BYTES[device] // (context * _token_bytes(base))))
+    most = _AHEAD * slots
+    step = max(STEP_TOKENS[device], 2 * slots)
+    return EngineOptions(
+        slots=slots,
+        context=context,
+        step_tokens=step,
+        prompt_tokens=step,
+        queue=most,
+        tenant_queue=most,
+        adapters=adapters,
+    )
+
+
+def answered(engine: Engine, requests: Iterator[Request]) -> Iterator[tuple[Finished, str]]:
+    """(last event, whole text) of each request, as they end. A request that can never be answered ends at once, with
+    its error."""
+    most = _AHEAD * engine.options.slots
+    pieces: dict[str, list[str]] = defaultdict(list)
+    more = True
+    while more or engine.in_flight():
+        while more and engine.in_flight() < most:
+            request = next(requests, None)
+            if request is None:
+                more = False
+                break
+            try:
+                engine.add(request)
+            except RequestError as error:
+                yield Finished(request.id, "error", Usage(len(request.prompt), 0, 0), error), ""
+        if not engine.in_flight():
+            continue
+        engine.wait(1)
+        for event in engine.step():
+            if isinstance(event, Chunk):
+                pieces[event.id].append(event.text)
+            else:
+                yield event, "".join(pieces.pop(event.id, []))
 
 
 def _token_bytes(base: Base) -> int:
@@ -117,14 +131,6 @@ def _requests(prompts: Iterable[Prompt], decoding: Decoding, answers: list[Answe
         )
         adapter = None if prompt.adapter is None else Ref("evaluate", "evaluate", prompt.adapter)
         yield Request(str(number), prompt.tokens, sampling, adapter, "evaluate")
-
-
-def _fill(engine: Engine, waiting: Iterator[Request], most: int) -> None:
-    while engine.in_flight() < most:
-        request = next(waiting, None)
-        if request is None:
-            return
-        engine.add(request)
 
 
 def _failed(error: FtrayError) -> RunError:

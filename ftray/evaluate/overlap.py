@@ -53,7 +53,7 @@ def overlap(train: Sequence[Asked], held_out: Sequence[Asked]) -> Overlap:
     wanted: dict[tuple[str, ...], list[int]] = defaultdict(list)
     sizes = []
     for i, each in enumerate(words):
-        own = _shingles(each)
+        own = shingles(each)
         sizes.append(len(own))
         for shingle in own:
             wanted[shingle].append(i)
@@ -70,7 +70,7 @@ def overlap(train: Sequence[Asked], held_out: Sequence[Asked]) -> Overlap:
             for i in same[text]:
                 exact.setdefault(i, Duplicate(held_out[i], row, 1.0))
             continue
-        own = _shingles(own_words)
+        own = shingles(own_words)
         shared = Counter(i for shingle in own for i in wanted.get(shingle, ()))
         for i, count in shared.items():
             likeness = count / (len(own) + sizes[i] - count)
@@ -85,10 +85,39 @@ def overlap(train: Sequence[Asked], held_out: Sequence[Asked]) -> Overlap:
 
 def _words(row: Asked) -> list[str]:
     turns = " ".join(str(turn["content"]) for turn in row.messages) if row.messages else row.prompt
-    return re.findall(r"\w+", f"{turns} {row.answer}".casefold())
+    return words_of(f"{turns} {row.answer}")
 
 
-def _shingles(words: Sequence[str]) -> set[tuple[str, ...]]:
-    if len(words) <= _WORDS:
+def words_of(text: str) -> list[str]:
+    """In lower case, without what stands between them."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def shingles(words: Sequence[str], width: int = _WORDS) -> set[tuple[str, ...]]:
+    """All runs of `width` words; the whole where it is shorter."""
+    if len(words) <= width:
         return {tuple(words)}
-    return {tuple(words[i : i + _WORDS]) for i in range(len(words) - _WORDS + 1)}
+    return {tuple(words[i : i + width]) for i in range(len(words) - width + 1)}
+
+
+class Seen:
+    """Texts so far; finds the one that another is most like, by runs of `width` words."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._rows: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        self._sizes: list[int] = []
+
+    def add(self, text: str) -> None:
+        own = shingles(words_of(text), self.width)
+        for shingle in own:
+            self._rows[shingle].append(len(self._sizes))
+        self._sizes.append(len(own))
+
+    def nearest(self, text: str) -> tuple[float, int]:
+        """(likeness, number of the text in the order of `add`); (0, -1) where none has anything in common."""
+        own = shingles(words_of(text), self.width)
+        shared = Counter(i for shingle in own for i in self._rows.get(shingle, ()))
+        found = ((count / (len(own) + self._sizes[i] - count), -i) for i, count in shared.items())
+        likeness, number = max(found, default=(0.0, 1))
+        return likeness, -number

@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from ftray import config
 from ftray.data.chat import ChatTemplate, checked
 from ftray.data.encode import Encoder, Vocabulary
-from ftray.data.formats import Rendered, pair_reader, renderer
+from ftray.data.formats import Rendered, Template, pair_reader, renderer
 from ftray.data.readers import read
 from ftray.data.rows import BadRow
 from ftray.data.sources import files_of, fragments_of
@@ -123,6 +123,43 @@ def _asker(format: config.Format) -> Any:
         return Asked(prompt, answer, ({"role": "user", "content": prompt},) if chat else None)
 
     return ask
+
+
+def ask_only(format: config.Format) -> Callable[[Mapping[str, Any]], Asked]:
+    """row → Asked without an answer, whether the row holds one or not. BadRow comes out of the call. Raises ConfigError
+    for a format whose rows ask nothing."""
+    if isinstance(format, config.MessagesFormat):
+        return lambda row: _turns_alone(row, format.column)
+    if isinstance(format, config.PromptCompletionFormat):
+        template = Template(format.prompt, "prompt")
+    elif isinstance(format, config.InstructionFormat):
+        turn = pair_reader(format.model_copy(update={"output": format.instruction}))
+        return lambda row: _alone(turn(row)[0], format.chat)
+    elif isinstance(format, config.PreferenceFormat):
+        template = Template(f"{{{format.prompt}}}", "prompt")
+    else:
+        raise ConfigError("rows of format `text` ask nothing", where="format", hint="prompt_completion or messages")
+    chat = format.chat
+    return lambda row: _alone(template(row), chat)
+
+
+def _alone(prompt: str, chat: bool) -> Asked:
+    if not prompt.strip():
+        raise BadRow("empty prompt")
+    return Asked(prompt, "", ({"role": "user", "content": prompt},) if chat else None)
+
+
+def _turns_alone(row: Mapping[str, Any], column: str) -> Asked:
+    if column not in row:
+        raise BadRow(f"missing column {column!r}")
+    turns = row[column]
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("messages are not a list of turns")
+    answered = isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant"
+    *before, _ = checked(turns if answered else [*turns, {"role": "assistant", "content": "-"}])
+    if not before:
+        raise BadRow("messages hold no question")
+    return Asked(before[-1]["content"], "", tuple(before))
 
 
 def _of_messages(row: Mapping[str, Any], column: str) -> Asked:

@@ -52,7 +52,9 @@ def a_run(*overrides: str) -> Run:
 # ------------------------------------------------------------------------------------------------------- exit codes
 
 
-@pytest.mark.parametrize("command", ["quickstart", "check", "data", "train", "tune", "evaluate", "report", "recipes"])
+@pytest.mark.parametrize(
+    "command", ["quickstart", "check", "data", "train", "tune", "evaluate", "report", "generate", "create", "recipes"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call([command, "--help"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 8

@@ -115,7 +115,12 @@ def _loaded_after(code: str) -> set[str]:
         "from ftray.cli.main import call; assert call(['check', 'llama-3.1-8b-qlora-1gpu', 'train.stepz=3']) == 2",
         "from ftray.cli.main import call; assert call(['train', 'no-such-run']) == 2",
         "from ftray.cli.main import call; assert call(['recipes']) == 0",
+        "from ftray.cli.main import call; assert call(['create', 'no-such-recipe']) == 2",
     ],
 )
 def test_quick_commands_import_nothing_heavy(code: str) -> None:
     assert not _loaded_after(code) & set(HEAVY)
+
+
+def test_a_teacher_is_asked_without_torch_and_ray() -> None:
+    assert not _loaded_after("import ftray.cli.create, ftray.evaluate.create") & {"torch", "ray", "transformers"}

@@ -13,6 +13,7 @@ import typer
 from ftray import errors
 from ftray.cli.main import app
 from ftray.config import load_run, parse_run, recipe_names
+from ftray.config.creation import creation_names
 from ftray.config.reading import search_recipe_names
 from ftray.config.search import load_search, parse_search
 from ftray.tune.space import draw
@@ -48,7 +49,7 @@ def test_a_command_exists_with_its_options(line):
     if name in ("check", "data", "train") and context.params.get("run") not in (None, "RUN"):
         parse_run(RUN_FILE, "README", context.params["overrides"] or [])
     if name == "recipes" and context.params.get("name"):
-        assert context.params["name"] in recipe_names()
+        assert context.params["name"] in [*recipe_names(), *creation_names()]
 
 
 def test_every_command_is_on_the_page():

@@ -1,0 +1,15 @@
+"""One answer, whoever gave it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Answer:
+    text: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Written."""
+    reason: str = ""
+    """`stop`, or `length` where `max_tokens` cut it off."""

@@ -1,0 +1,69 @@
+"""`ftray generate` on Ray Data: workers die, the driver stops, one line a row."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ftray.config import Decoding, Model, Source
+from ftray.evaluate.generate import generate
+from ftray.evaluate.generation import Asking
+from ftray.registry.base import facts_of_base
+from tests.adapters import change_facts, seal, write_adapter
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+ROWS = 96
+
+
+def test_a_dead_worker_and_a_stopped_driver_lose_nothing(tmp_path: Path):
+    base = facts_of_base(Model(path="embedded"))
+    for i in range(3):
+        write_adapter(tmp_path / f"a{i}", seed=i, base=base, scale=0.05)
+        change_facts(tmp_path / f"a{i}", run=None)
+        seal(tmp_path / f"a{i}")
+    rows = [{"prompt": f"Tell me about cheese {i}.", "who": str(tmp_path / f"a{i % 3}")} for i in range(ROWS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source.model_validate(
+        {"path": str(tmp_path / "prompts.jsonl"), "format": {"name": "prompt_completion", "completion": ""}}
+    )
+    asking = Asking(
+        source,
+        str(tmp_path / "out.jsonl"),
+        Decoding(max_tokens=8),
+        adapter_column="who",
+        base="embedded",
+        part_rows=8,
+        workers=1,
+    )
+    stopped, killed = RuntimeError("stopped in the middle"), []
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "progress" and event["done"] >= 24:
+            raise stopped
+
+    with pytest.raises(RuntimeError, match="stopped in the middle"):
+        generate(asking, stop)
+    kept = len(list((tmp_path / "out.jsonl.parts").glob("part-*.json")))
+    assert 3 <= kept < 12
+
+    def kill_a_worker(event: dict[str, Any]) -> None:
+        if event["kind"] == "progress" and not killed:
+            workers = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
+            killed.extend(p.pid for p in workers[:1])
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    facts = generate(asking, kill_a_worker)
+    assert killed
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["row"] for answer in answers] == list(range(1, ROWS + 1))
+    assert [answer["adapter"] for answer in answers] == [row["who"] for row in rows]
+    assert all(answer["error"] is None and answer["tokens"] for answer in answers)
+    assert facts["failed"] == 0
+    assert not (tmp_path / "out.jsonl.parts").exists()
