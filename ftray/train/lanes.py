@@ -99,11 +99,6 @@ class Base:
     def __init__(self, run: Run, world: World, pass_tokens: int | None = None) -> None:
         self.run, self.world = run, world
         self.pass_tokens = pass_tokens or PASS_TOKENS[world.device.type]
-        self.model, self.unquantized = load_base(run, world.device)
-        self.model.requires_grad_(False).train()
-        self._checkpointed(True)
-        self.pooled = PooledModel(self.model)
-        self.objective = TargetLoss(self.model)
         self.lanes: dict[str, Lane] = {}
         self.base_losses: dict[Any, Any] = {}
         self.base_lock = threading.Lock()
@@ -114,6 +109,16 @@ class Base:
         self._seconds = 0.0
         self._thread = threading.Thread(target=self._serve, name="ftray-lanes", daemon=True)
         self._thread.start()
+        self.do(self._load)
+
+    def _load(self) -> None:
+        """On the computing thread: whoever computes with several threads keeps them, and where a process has more of
+        them than processors, OpenMP puts each to sleep at the end of every product (measured: 50 ms a pass)."""
+        self.model, self.unquantized = load_base(self.run, self.world.device)
+        self.model.requires_grad_(False).train()
+        self._checkpointed(True)
+        self.pooled = PooledModel(self.model)
+        self.objective = TargetLoss(self.model)
 
     # -------------------------------------------------------------------------------------------------- for the lanes
 
