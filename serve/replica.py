@@ -14,7 +14,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,18 @@ class _Running:
 class Bridge:
     """Between an engine's thread and an event loop: every event reaches whom it is for. Needs no Ray."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine, self.name = engine, name
+    def __init__(self, make: Callable[[], Engine], name: str) -> None:
+        """`make` is called on the engine's thread, which alone computes (see `ftray.model.threads`)."""
+        self.name = name
         self.broken: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: dict[str, _Running] = {}
         self._outboxes: dict[str, _Outbox] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._step, name="engine", daemon=True)
+        made: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._step, args=(make, made), name="engine", daemon=True)
         self._thread.start()
+        self.engine = made.result()
 
     async def run(self, request: Request, ingress: str, streams: bool) -> AsyncIterator[Reply]:
         """Answer one request. Yields Accepted or Refused; then, if it does not stream, all its events at its end. Who
@@ -159,10 +163,16 @@ class Bridge:
         self._thread.join(timeout=30)
         self.engine.close()
 
-    def _step(self) -> None:
+    def _step(self, make: Callable[[], Engine], made: Future[Engine]) -> None:
+        try:
+            engine = make()
+        except BaseException as error:  # noqa: BLE001 - raised again where the bridge is made
+            made.set_exception(error)
+            return
+        made.set_result(engine)
         try:
             while not self._stop.is_set():
-                if self.engine.wait(0.2) and (events := self.engine.step()):
+                if engine.wait(0.2) and (events := engine.step()):
                     assert self._loop is not None
                     self._loop.call_soon_threadsafe(self._deliver, events)
         except BaseException as error:
@@ -202,10 +212,13 @@ class EngineReplica:
         from ray import serve
 
         self.config = ServeConfig.model_validate(config)
+        self._bridge = Bridge(self._make, serve.get_replica_context().replica_id.unique_id)
+        self._engine = self._bridge.engine
+
+    def _make(self) -> Engine:
         base = make_base(self.config)
         self._shelf = Shelf(self.config, base)
-        self._engine = Engine(base, self._shelf.load, self.config.engine)
-        self._bridge = Bridge(self._engine, serve.get_replica_context().replica_id.unique_id)
+        return Engine(base, self._shelf.load, self.config.engine)
 
     async def run(self, request: Request, ingress: str, streams: bool) -> AsyncIterator[Any]:
         """See `Bridge.run`."""

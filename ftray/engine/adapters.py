@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ftray.errors import ArtefactError, FtrayError
 from ftray.model.pooled import PooledModel
 from ftray.model.served import Adapter
+from ftray.model.threads import use_one
 from ftray.registry.ref import Ref
 
 FORGIVEN_AFTER = 5.0
@@ -62,7 +63,7 @@ class Adapters:
         self._held: dict[str, Held] = {}
         self._broken: dict[str, Held] = {}
         """Those of them that could not be read."""
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter", initializer=use_one)
         self._ended: deque[tuple[Held, Adapter | FtrayError]] = deque()
         self._closing = threading.Event()
         self.memory = 0

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ftray.model.threads import openmp
+
 _SOURCE = Path(__file__).with_name("lowrank.c")
 _FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC")
 _TIMEOUT = 120.0
@@ -67,8 +69,8 @@ def load() -> tuple[LowRank | None, str]:
 
 def _compiled(compiler: str) -> Path:
     """The library, compiled unless this machine has it already."""
-    openmp = _openmp()
-    facts = [_SOURCE.read_text(), compiler, str(openmp), *_FLAGS, platform.machine(), _processor()]
+    library_of_torch = openmp()
+    facts = [_SOURCE.read_text(), compiler, str(library_of_torch), *_FLAGS, platform.machine(), _processor()]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftray" / "kernels"
     library = folder / f"lowrank-{digest}.so"
@@ -77,25 +79,15 @@ def _compiled(compiler: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         part, done = f"{scratch}/lowrank.o", f"{scratch}/lowrank.so"
-        _run([compiler, *_FLAGS, *(["-fopenmp"] if openmp else []), "-c", os.fspath(_SOURCE), "-o", part])
+        _run([compiler, *_FLAGS, *(["-fopenmp"] if library_of_torch else []), "-c", os.fspath(_SOURCE), "-o", part])
         # Linked with the very OpenMP that torch has loaded: a second one would bring threads that fight with torch's.
-        _run([compiler, "-shared", part, *([openmp] if openmp else []), "-o", done])
+        _run([compiler, "-shared", part, *([library_of_torch] if library_of_torch else []), "-o", done])
         os.replace(done, library)
     return library
 
 
 def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
-
-
-def _openmp() -> str | None:
-    """Path of the OpenMP library that torch has loaded; None where that cannot be told: one thread then."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    paths = (line.split(maxsplit=5)[-1] for line in lines)
-    return next((p for p in paths if Path(p).name.startswith(("libgomp", "libiomp", "libomp"))), None)
 
 
 def _processor() -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ftray.data.order import Order, assign, step_range
 from ftray.data.prepared import Rows
+from ftray.model.threads import use_one
 from ftray.train.batch import Batch, collate
 from ftray.train.world import World
 
@@ -57,7 +58,7 @@ class Feed:
 
     def steps(self, cursor: int, count: int) -> Iterator[StepRows]:
         """The next `count` steps from `cursor` on."""
-        with ThreadPoolExecutor(1, thread_name_prefix="ftray-feed") as pool:
+        with ThreadPoolExecutor(1, thread_name_prefix="ftray-feed", initializer=use_one) as pool:
             ahead = pool.submit(self.step_at, cursor) if count else None
             for left in range(count - 1, -1, -1):
                 assert ahead is not None

@@ -25,6 +25,7 @@ from torch.optim.adamw import adamw
 from ftray.config import Run, Train
 from ftray.data.prepared import PreparedData
 from ftray.errors import ModelError
+from ftray.model import threads
 from ftray.model.load import evaluating, load_base
 from ftray.model.methods import attach, check_same, trained_state
 from ftray.model.pooled import PooledModel, Route
@@ -112,8 +113,7 @@ class Base:
         self.do(self._load)
 
     def _load(self) -> None:
-        """On the computing thread: whoever computes with several threads keeps them, and where a process has more of
-        them than processors, OpenMP puts each to sleep at the end of every product (measured: 50 ms a pass)."""
+        """On the computing thread, so that no other has threads of OpenMP's; see `ftray.model.threads`."""
         self.model, self.unquantized = load_base(self.run, self.world.device)
         self.model.requires_grad_(False).train()
         self._checkpointed(True)
@@ -160,6 +160,7 @@ class Base:
     ) -> dict[str, Any]:
         """The run as a lane, in this thread; returns its summary. `hold` is called before each step and may wait.
         Raises as `train_worker` does, and LaneEnded when the base was closed or the lane expelled."""
+        threads.use_one()
         try:
             equip = self.equip(name, hold)
             return train_worker(run, data, self.world, channel, restarts=restarts, equip=equip)

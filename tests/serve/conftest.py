@@ -139,7 +139,7 @@ class Running:
 def serving(config: ServeConfig, engine: tuple[Engine, Shelf]) -> Iterator[Running]:
     tenants = Tenants(config.tenants, config.refresh_seconds) if config.tenants else None
     registry = Registry(config.registry) if config.registry else None
-    bridge = Bridge(engine[0], "here")
+    bridge = Bridge(lambda: engine[0], "here")
     replicas = InProcess(bridge, engine[1])
     endpoint = Endpoint(
         config,
