@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import queue
 import threading
 import traceback
@@ -251,8 +250,3 @@ def _memory(device: Any) -> int:
     import psutil
 
     return psutil.virtual_memory().available
-
-
-def threads() -> int:
-    """Of a host that has the machine to itself."""
-    return os.cpu_count() or 1
