@@ -16,6 +16,7 @@ _ONE_AFTER_ANOTHER = ("browser", "ray")
 """Folders whose tests start several processes each: with `pytest -n 2` they go on one side, all others on the other."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What `pytest -n` may not tear apart: these folders, and any other file."""
     for item in items:

@@ -18,7 +18,7 @@ from ftray.errors import DataError
 from ftray.train.loop import train_worker
 from ftray.train.world import World
 from ftray.tune.together import train_together
-from tests.ray.runs import steps_of, write_rows, write_run
+from tests.ray.runs import steps_of, wait_for, write_rows, write_run
 from tests.toys import Recorder
 from tests.train.test_lanes import close, same_artefact
 
@@ -84,7 +84,7 @@ def test_the_process_that_holds_the_base_is_killed(folder, separate):
         assert [event["step"] for event in steps] == list(range(1, run.train.steps + 1))
         close([event["loss"] for event in steps], separate[name])
         same_artefact(Path(run.folder), folder / f"alone-{name}")
-    assert not hosts()
+    wait_for(lambda: not hosts(), 30)
 
 
 def hosts() -> list[int]:
