@@ -123,6 +123,9 @@ class Link:
         self._replicas, self._name, self._unread_bytes = replicas, name, unread_bytes
         self._streaming: dict[str, dict[str, Answer]] = {}
         """Answers in the making, by replica and request."""
+        self._asked: dict[str, Answer] = {}
+        """Answers that stream and that no replica is known to have taken yet: its word and its first events come by
+        calls of their own, and either may be first."""
         self._readers: dict[str, asyncio.Task[None]] = {}
 
     async def stats(self) -> list[dict[str, Any]]:
@@ -145,11 +148,13 @@ class Link:
     async def _follow(self, answer: Answer, streams: bool) -> None:
         """Live as long as the request does on its replica."""
         call = self._replicas.run(answer.request, self._name, streams)
+        if streams:
+            self._asked[answer.request.id] = answer
         try:
             async for item in call:
                 if isinstance(item, Accepted):
                     answer.replica = item.replica
-                    if streams:
+                    if self._asked.pop(answer.request.id, None) and not answer.closed.is_set():
                         self._streaming.setdefault(item.replica, {})[answer.request.id] = answer
                         self._read(item.replica)
                     answer.accepted.set()
@@ -168,6 +173,7 @@ class Link:
             _log_lost(answer, error)
             answer.fail(error if isinstance(error, ApiError) else replica_lost())
         finally:
+            self._asked.pop(answer.request.id, None)
             if answer.replica is not None:
                 self._streaming.get(answer.replica, {}).pop(answer.request.id, None)
             await call.aclose()
@@ -186,7 +192,7 @@ class Link:
             while answers:
                 async for batch in self._replicas.events(self._name, replica):
                     for event in batch:
-                        if answer := answers.get(event.id):
+                        if answer := answers.get(event.id) or self._asked.get(event.id):
                             answer.put(event)
                             if isinstance(event, Finished):
                                 answers.pop(event.id, None)
