@@ -13,7 +13,9 @@ settings.load_profile("ftray")
 
 
 _ONE_AFTER_ANOTHER = ("browser", "ray")
-"""Folders whose tests start several processes each: with `pytest -n 2` they go on one side, all others on the other."""
+"""Folders whose tests start several processes each: with `pytest -n 2` they go on one side, all others on the other …"""
+_BUT = "test_zero"
+"""… and this file, which waits for a compiler for the most part, so that both sides take as long."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -21,7 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What `pytest -n` may not tear apart: these folders, and any other file."""
     for item in items:
         folder, *_ = item.path.relative_to(Path(__file__).parent).parts
-        group = "processes" if folder in _ONE_AFTER_ANOTHER else f"{folder}-{item.path.stem}"
+        together = folder in _ONE_AFTER_ANOTHER and item.path.stem != _BUT
+        group = "processes" if together else f"{folder}-{item.path.stem}"
         item.add_marker(pytest.mark.xdist_group(group))
 
 
