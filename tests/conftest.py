@@ -13,7 +13,7 @@ settings.load_profile("ftray")
 
 
 _ONE_AFTER_ANOTHER = ("browser", "ray")
-"""Folders whose tests start several processes each: with `pytest -n 2` they go on one side, all others on the other …"""
+"""Folders whose tests start several processes each: with `pytest -n 2` they go on one side, others on the other …"""
 _BUT = "test_zero"
 """… and this file, which waits for a compiler for the most part, so that both sides take as long."""
 
