@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,20 +13,23 @@ settings.register_profile("ftray", deadline=None)  # a busy machine is slow, not
 settings.load_profile("ftray")
 
 
-_ONE_AFTER_ANOTHER = ("browser", "ray")
+_ONE_AFTER_ANOTHER = ("tests/browser/", "tests/ray/")
 """Folders whose tests start several processes each: with `pytest -n 2` they go on one side, others on the other …"""
-_BUT = "test_zero"
+_BUT = "tests/ray/test_zero.py"
 """… and this file, which waits for a compiler for the most part, so that both sides take as long."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What `pytest -n` may not tear apart: these folders, and any other file."""
-    for item in items:
-        folder, *_ = item.path.relative_to(Path(__file__).parent).parts
-        together = folder in _ONE_AFTER_ANOTHER and item.path.stem != _BUT
-        group = "processes" if together else f"{folder}-{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Sides(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            together = nodeid.startswith(_ONE_AFTER_ANOTHER) and not nodeid.startswith(_BUT)
+            return "processes" if together else super()._split_scope(nodeid)
+
+    return Sides(config, log)
 
 
 @pytest.fixture(scope="session")

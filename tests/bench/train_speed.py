@@ -37,7 +37,7 @@ from ftray.data.prepare import prepare
 from ftray.data.prepared import PreparedData
 from ftray.manifest import digest_of
 from ftray.session import ray_session
-from ftray.train.loop import _Worker
+from ftray.train.loop import _alone, _Worker
 from ftray.train.world import World
 
 Clock = Callable[[], float]
@@ -106,7 +106,7 @@ class Ours:
     def __init__(self, run: Run, data: PreparedData) -> None:
         self.losses: list[float] = []
         self.targets: list[int] = []
-        self.worker = _Worker(run, data, World(), self)
+        self.worker = _Worker(run, data, World(), self, _alone)
         self.worker.resume()
         self.steps = self.worker.feed.steps(0, self.worker.steps)
 

@@ -191,10 +191,12 @@ def test_dropout_drops_in_training_alone(tmp_path):
 def test_nf4_weights_are_never_repacked_under_training(tmp_path, method):
     """bitsandbytes' repacking for evaluation would silently spoil dequantized weights; see `evaluating`."""
     run = toy_run(tmp_path, "train.steps=2", "data.held_out_fraction=0.1", method=f"{{name: {method}, rank: 4}}")
-    worker = loop._Worker(run, MemoryData(ROWS, HELD_OUT), World(), Recorder())  # type: ignore[arg-type]
+    data = MemoryData(ROWS, HELD_OUT)
+    worker = loop._Worker(run, data, World(), Recorder(), loop._alone)  # type: ignore[arg-type]
     worker.resume()
     worker.train()
-    quantized = [m for m in worker.model.modules() if type(m).__name__ == "Linear4bit"]
+    with worker.equipment.lend() as model:
+        quantized = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     assert quantized
     assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in quantized)
 

@@ -269,7 +269,7 @@ def _one_of_two(rank: int, folder: str) -> None:
 
     dist.all_reduce = counting
     run = toy_run(f"{folder}/run", *TWO, "workers.count=2", method="{name: full}")
-    worker = loop._Worker(run, MemoryData(random_rows(64)), World(rank, 2), Recorder())  # type: ignore[arg-type]
+    worker = loop._Worker(run, MemoryData(random_rows(64)), World(rank, 2), Recorder(), loop._alone)  # type: ignore[arg-type]
     worker.resume()
     sent.clear()
     worker.train()
