@@ -273,7 +273,8 @@ def _one_of_two(rank: int, folder: str) -> None:
     worker.resume()
     sent.clear()
     worker.train()
-    save_file({k: v.clone() for k, v in trained_state(worker.model).items()}, f"{folder}/{rank}.safetensors")
+    with worker.equipment.lend() as model:
+        save_file({k: v.clone() for k, v in trained_state(model).items()}, f"{folder}/{rank}.safetensors")
     losses = [e["loss"] for e in worker.channel.of("step")]  # type: ignore[attr-defined]
     Path(f"{folder}/{rank}.json").write_text(json.dumps({"sent": max(sent), "losses": losses}))
     dist.destroy_process_group()
