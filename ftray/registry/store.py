@@ -13,6 +13,7 @@ first and looks whether it is being removed then. So at least one of two that me
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -461,15 +462,23 @@ class Registry:
             return True
 
     def _delete_folder(self, path: str) -> None:
+        """Also while somebody still writes into it, who was told by then that it is being removed."""
         with self._reached():
-            try:
-                self.fs.rm(path, recursive=True)
-            except FileNotFoundError:
-                return
-            finally:
-                self.fs.invalidate_cache()
+            for left in range(_REMOVALS, -1, -1):
+                try:
+                    self.fs.rm(path, recursive=True)
+                    return
+                except FileNotFoundError:
+                    return
+                except OSError as error:
+                    if error.errno != errno.ENOTEMPTY or not left:
+                        raise
+                finally:
+                    self.fs.invalidate_cache()
 
 
+_REMOVALS = 20
+"""Times that a folder is removed again into which somebody wrote meanwhile."""
 _ANEW = "`ftray adapters rollback NAME@DIGEST` writes a pointer anew, and `pin NAME@DIGEST --hold` a hold"
 _AGAIN = "publish it again: what is missing or damaged is put there anew"
 
