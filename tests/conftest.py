@@ -19,6 +19,11 @@ _BUT = "tests/ray/test_zero.py"
 """… and this file, which waits for a compiler for the most part, so that both sides take as long."""
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("long") and not os.environ.get("FTRAY_LONG"):
+        pytest.skip("many minutes: FTRAY_LONG=1 runs it")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What `pytest -n` may not tear apart: these folders, and any other file."""

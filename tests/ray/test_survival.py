@@ -95,7 +95,7 @@ def test_the_driver_is_killed(folder, unbroken):
     assert_as_unbroken(folder / "driver-killed", unbroken)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_commits_and_leaves_with_its_own_exit_code(folder, unbroken, sent):
     name = f"stopped-by-{sent.name.lower()}"
     file = write_run(folder, name, train__steps=STEPS, train__commit_every=1000)

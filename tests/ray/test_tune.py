@@ -180,6 +180,7 @@ def test_the_driver_is_killed(folder):
     assert "best.yaml" in done.stdout
 
 
+@pytest.mark.long
 def test_ordinary_runs_of_one_and_two_workers_on_two_cpus(folder):
     """Six of one worker, three of two: no circle of waiting, and nothing is left behind."""
     space = {"workers.count": {"choice": [1, 2]}, "train.learning_rate": {"choice": [1e-3, 2e-3, 3e-3]}}

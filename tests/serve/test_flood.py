@@ -35,7 +35,7 @@ def other_asks(running: Running) -> float:
     return p99(seconds)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_flood_is_refused_at_the_door_and_moves_nobody_else(
     registry: Any, base: Any, tmp_path: Path, tenants_file: Path
 ) -> None:
