@@ -127,8 +127,8 @@ class Cache:
     def _fetch_once(self, ref: Ref) -> None:
         """Fetch what is missing or damaged; one fetch of a digest at a time in this process."""
         with self._mutex:
-            if ref.digest in self._fetching:
-                return  # somebody was quicker: `_join` waits for them
+            if ref.digest in self._fetching or self._remembered(ref.digest):
+                return  # somebody was quicker: `_join` waits for them, or tells what they found
             future: Future[None] = Future()
             self._fetching[ref.digest] = future
         try:
@@ -164,7 +164,8 @@ class Cache:
             for name, file in facts.files.items():
                 self.registry.download(ref, name, file.size, part / name)
             check(part, self.base, self.limits, digest=ref.digest, where=where)
-            os.replace(part, self.folder / ref.digest)
+            with self._lock(_ROOM, fcntl.LOCK_EX):  # who counts meanwhile would see it twice, or not at all
+                os.replace(part, self.folder / ref.digest)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         self._trusted[ref.digest] = self._look(ref.digest)
@@ -239,7 +240,7 @@ class Cache:
     def _make_room(self, need: int, digest: str) -> bool:
         """Remove what is longest unused, and litter, until there is room; False if what is in use leaves none. The
         lock of room is held, so nobody else reserves."""
-        kept, reserved = self.usage(sweep=digest)
+        kept, reserved = self._count(sweep=digest)
         while gone := to_evict(kept, need + reserved, self.limit_bytes):
             if self._evict(gone[0]):
                 kept = [each for each in kept if each.digest != gone[0]]
@@ -248,9 +249,14 @@ class Cache:
             kept = [each for each in kept if each.digest != gone[0]]
         return sum(each.size for each in kept) + reserved + need <= self.limit_bytes
 
-    def usage(self, sweep: str | None = None) -> tuple[list[Kept], int]:
-        """(adapters on the disk, bytes reserved by those being fetched). `sweep`: remove what dead processes left of
-        others than this digest; the lock of room is held then."""
+    def usage(self) -> tuple[list[Kept], int]:
+        """(adapters on the disk, bytes reserved by those being fetched)."""
+        with self._lock(_ROOM, fcntl.LOCK_EX):
+            return self._count()
+
+    def _count(self, sweep: str | None = None) -> tuple[list[Kept], int]:
+        """What `usage` tells; the lock of room is held. `sweep`: remove what dead processes left of others than this
+        digest."""
         kept, reserved = [], 0
         for entry in os.scandir(self.folder):
             if is_digest(entry.name):
