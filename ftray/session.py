@@ -121,3 +121,12 @@ _HELPERS = tuple(
 
 
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that was raised far away, without what Ray put around it on its way."""
+    from ray.exceptions import RayTaskError
+
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error

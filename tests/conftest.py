@@ -37,6 +37,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Sides(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """One thread adds in one order: results are compared bit for bit. And a machine runs several tests at once."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def ftray_data() -> Path:
     """The folder of weights and data sets that FTRAY_DATA names (default `../shared`); without it a test is skipped."""

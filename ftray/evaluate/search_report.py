@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ftray.errors import UserError
 from ftray.evaluate import search_plots
 from ftray.evaluate.importance import importances
-from ftray.evaluate.report import count, duration, loss, short
+from ftray.evaluate.report import count, duration, environment, loss, short
 from ftray.manifest import join, read_text, write_text
 from ftray.redact import redact
 
@@ -38,17 +38,7 @@ def write_search_report(folder: str) -> str:
 
 def render(outcome: dict[str, Any], text: str) -> str:
     """The page as text. `outcome`: as of `ftray.tune.outcome`; `text`: the search file."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ftray.evaluate"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": count, "loss": loss, "duration": duration, "short": short}
-    return environment.get_template("search.html").render(page(outcome, text))
+    return environment().get_template("search.html").render(page(outcome, text))
 
 
 def page(outcome: dict[str, Any], text: str) -> dict[str, Any]:

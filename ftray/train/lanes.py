@@ -7,12 +7,9 @@ A lane's gradient depends on its own tokens alone, so it follows the same run al
 
 from __future__ import annotations
 
-import contextlib
-import math
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,19 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from ftray.config import Run, Train
+from ftray.config import Run
 from ftray.data.prepared import PreparedData
-from ftray.errors import ModelError
 from ftray.model import threads
 from ftray.model.load import evaluating, load_base
-from ftray.model.methods import attach, check_same, trained_state
+from ftray.model.methods import attach
 from ftray.model.pooled import PooledModel, Route
 from ftray.model.served import row_norms
-from ftray.model.trained import LowRankRows
 from ftray.train.batch import Batch, joined
-from ftray.train.commits import Commit, State
+from ftray.train.lane import Gradients, Lane, LaneEnded, Losses
 from ftray.train.loop import Channel, Equipment, parameter_count, train_worker, trained_count
 from ftray.train.loss import TargetLoss, losses, target_states
 from ftray.train.strategy import autocast
@@ -45,32 +39,11 @@ _PATIENCE = 0.25
 _LEAST_PATIENCE = 0.01
 
 
-class LaneEnded(BaseException):
-    """Unwinds the loop of a lane that was told to leave; no error of the run, so nothing may take it for one."""
-
-
-# --------------------------------------------------------------------------------------------------------------- asking
-
-
-@dataclass
-class _Gradients:
-    lane: Lane
-    batches: list[Batch]
-    divisor: float
-    seeds: list[int]
-
-
-@dataclass
-class _Losses:
-    lane: Lane
-    batches: list[Batch]
-
-
 @dataclass
 class _Ask:
     """What a lane wants, and where it waits for it."""
 
-    what: _Gradients | _Losses | Callable[[], Any]
+    what: Gradients | Losses | Callable[[], Any]
     answer: Future[Any] = field(default_factory=Future)
 
     @property
@@ -180,11 +153,23 @@ class Base:
         if lane is not None and not self._closing:
             self.do(lane.drop)
 
+    @contextmanager
+    def without(self, lane: Lane) -> Iterator[None]:
+        """The lane waits for something else than the base, so others need not wait for it meanwhile."""
+        with self._changed:
+            lane.away = True
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                lane.away = False
+
     def do(self, work: Callable[[], Any]) -> Any:
         """Have the computing thread do `work`, with nothing else under way."""
         return self._answered(_Ask(work))
 
-    def ask(self, what: _Gradients | _Losses) -> Any:
+    def ask(self, what: Gradients | Losses) -> Any:
         return self._answered(_Ask(what))
 
     def close(self) -> None:
@@ -296,11 +281,11 @@ class Base:
         measured: list[_Part] = []
         for ask in asks:
             what, done = ask.what, sums[id(ask)].append
-            if isinstance(what, _Gradients):
+            if isinstance(what, Gradients):
                 each = zip(what.batches, what.seeds, strict=True)
                 trained += [_Part(what.lane, batch, seed, 1 / what.divisor, done) for batch, seed in each]
             else:
-                assert isinstance(what, _Losses)
+                assert isinstance(what, Losses)
                 measured += [_Part(what.lane, batch, None, 0.0, done) for batch in what.batches]
         try:
             self._refresh_gains({id(part.lane): part.lane for part in (*trained, *measured)}.values())
@@ -385,218 +370,3 @@ def _answer(ask: _Ask, work: Callable[[], Any]) -> None:
         ask.answer.set_result(work())
     except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
         ask.answer.set_exception(error)
-
-
-# ---------------------------------------------------------------------------------------------------------------- lanes
-
-_STATES = ("exp_avg", "exp_avg_sq")
-"""As torch's AdamW calls them, and so commits."""
-
-
-@dataclass
-class _Flat:
-    """Parameters of one kind, laid end to end, and what AdamW has for them."""
-
-    values: Tensor
-    gradient: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    steps: Tensor
-    decay: float
-
-    @classmethod
-    def of(cls, tensors: list[Tensor], decay: float, device: torch.device) -> _Flat:
-        values = torch.cat([tensor.float().flatten() for tensor in tensors]).to(device)
-        gradient, exp_avg, exp_avg_sq = (torch.zeros_like(values) for _ in range(3))
-        return cls(values, gradient, exp_avg, exp_avg_sq, torch.zeros((), device=device), decay)
-
-    def step(self, share: float, rate: float, train: Train) -> None:
-        """AdamW's, on the gradient times `share`."""
-        if share < 1:
-            self.gradient.mul_(share)
-        # without the optimizer object, whose hooks would cost more than this
-        adamw(
-            [self.values],
-            [self.gradient],
-            [self.exp_avg],
-            [self.exp_avg_sq],
-            [],
-            [self.steps],
-            fused=True,
-            amsgrad=False,
-            beta1=train.betas[0],
-            beta2=train.betas[1],
-            lr=rate,
-            weight_decay=self.decay,
-            eps=train.epsilon,
-            maximize=False,
-        )
-
-
-_LOW_RANK_NAME = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<part>A|B|magnitude_vector)\.default\.weight$")
-
-
-class Lane:
-    """A run's place on the base: the strategy (`ftray.train.strategy.Strategy`) of its loop.
-
-    What is trained lies in two flat tensors, matrices and magnitudes, and so do gradients and the optimizer's states;
-    commits hold them under the names that they have in a model of the run's own.
-    """
-
-    def __init__(self, name: str, run: Run, base: Base, hold: Callable[[], None] | None = None) -> None:
-        self.name, self.run, self.base, self.hold = name, run, base, hold
-        self.smoothing = run.train.label_smoothing
-        self.away = False
-        """It waits for something else than the base."""
-        self.expelled = False
-        self.rows: dict[str, LowRankRows] = {}
-        self.magnitudes: dict[str, Tensor] = {}
-        self.norms: dict[str, Tensor] = {}
-        self.gain_grads: dict[str, Tensor] = {}
-        self.moved = True
-        """Gains are those of older weights."""
-
-    def take_from(self, model: Any) -> None:
-        """Hold the weights of PEFT's model of the run, and stand beside the base's layers."""
-        state = trained_state(model)
-        found = {name: _LOW_RANK_NAME.match(name) for name in state}
-        if odd := [name for name, match in found.items() if not match]:
-            raise ModelError(f"a lane cannot train {odd[0]}")
-        ordered = sorted(state, key=lambda name: state[name].dim() < 2)  # stable: matrices first
-        self.names, self.shapes = ordered, {name: state[name].shape for name in ordered}
-        matrices = [name for name in ordered if state[name].dim() >= 2]
-        vectors = ordered[len(matrices) :]
-        self.flats = [
-            _Flat.of([state[name] for name in names], decay, self.base.world.device)
-            for names, decay in ((matrices, self.run.train.weight_decay), (vectors, 0.0))
-            if names
-        ]
-        values, grads = (self._views(what) for what in ("values", "gradient"))
-        parts: dict[str, dict[str, str]] = {}
-        for name, match in found.items():
-            assert match
-            parts.setdefault(match["path"], {})[match["part"]] = name
-        for path, names in parts.items():
-            layer = model.base_model.model.get_submodule(path)
-            rows = LowRankRows(
-                down=values[names["A"]],
-                up=values[names["B"]],
-                down_grad=grads[names["A"]],
-                up_grad=grads[names["B"]],
-                scale=layer.scaling["default"],
-                dropout=self.run.method.dropout,  # type: ignore[union-attr]
-            )
-            if "magnitude_vector" in names:
-                self.magnitudes[path] = values[names["magnitude_vector"]]
-                rows.gain = torch.empty_like(self.magnitudes[path])
-                rows.gain_grad = grads[names["magnitude_vector"]]  # by the gain; `update` makes it the magnitude's
-            self.rows[path] = rows
-            self.base.pooled.linears[path].trained[self.name] = rows
-
-    def _views(self, what: str) -> dict[str, Tensor]:
-        """Of the flat tensors that hold `what`, by name."""
-        views: dict[str, Tensor] = {}
-        flats = [getattr(flat, what) for flat in self.flats]
-        which, start = 0, 0
-        for name in self.names:
-            shape = self.shapes[name]
-            if start == len(flats[which]):
-                which, start = which + 1, 0
-            views[name] = flats[which][start : start + shape.numel()].view(shape)
-            start += shape.numel()
-        return views
-
-    def drop(self) -> None:
-        for path in self.rows:
-            self.base.pooled.linears[path].drop(self.name)
-
-    def generator(self, seed: int | None) -> torch.Generator | None:
-        """Of a micro-batch's dropout: what `torch.manual_seed` would be to the run alone."""
-        if seed is None or not self.run.method.dropout:  # type: ignore[union-attr]
-            return None
-        return torch.Generator(self.base.world.device).manual_seed(seed)
-
-    # ------------------------------------------------------------------------------------------------------- the loop's
-
-    def gradients(self, batches: list[Batch], divisor: float, seeds: list[int]) -> list[Tensor]:
-        if self.hold is not None:
-            with self._waiting():
-                self.hold()
-        if self.expelled:
-            raise LaneEnded
-        return self.base.ask(_Gradients(self, batches, divisor, seeds))
-
-    def loss(self, batches: Iterable[Batch]) -> float:
-        if self.expelled:
-            raise LaneEnded
-        return sum(map(float, self.base.ask(_Losses(self, list(batches)))))
-
-    def update(self, rate: float, apply: bool) -> float:
-        return self.base.do(lambda: self._update(rate, apply))
-
-    @torch.no_grad()
-    def _update(self, rate: float, apply: bool) -> float:
-        for path, norms in self.norms.items():
-            grad = self.rows[path].gain_grad
-            assert grad is not None
-            grad /= norms
-        train = self.run.train
-        norm = math.hypot(*(float(torch.linalg.vector_norm(flat.gradient)) for flat in self.flats))
-        if apply and math.isfinite(norm):
-            share = min(1.0, train.clip_norm / (norm + 1e-6)) if train.clip_norm else 1.0
-            for flat in self.flats:
-                flat.step(share, rate, train)
-            self.moved = True
-        for flat in self.flats:
-            flat.gradient.zero_()
-        return norm
-
-    def state(self) -> State:
-        return self.base.do(self._state)
-
-    def _state(self) -> State:
-        model = {name: view.clone() for name, view in self._views("values").items()}
-        optimizer: dict[str, Tensor] = {}
-        if float(self.flats[0].steps):
-            for what in _STATES:
-                optimizer |= {f"{name}/{what}": view.clone() for name, view in self._views(what).items()}
-            optimizer |= {f"{name}/step": self.flats[0].steps.clone() for name in self.names}
-        return State(model, optimizer)
-
-    def load(self, commit: Commit) -> None:
-        self.base.do(lambda: self._load(commit.state.model, commit.state.optimizer))
-
-    @torch.no_grad()
-    def _load(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        check_same(model, dict(self.shapes))
-        for name, view in self._views("values").items():
-            view.copy_(model[name])
-        for what in _STATES if optimizer else ():
-            for name, view in self._views(what).items():
-                view.copy_(optimizer[f"{name}/{what}"])
-        for flat in self.flats if optimizer else ():
-            flat.steps.copy_(optimizer[f"{self.names[0]}/step"])
-        self.moved = True
-
-    def frozen(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(())
-
-    def held(self) -> dict[str, int]:
-        """The lane's own; the base is shared."""
-        each = sum(flat.values.nbytes for flat in self.flats)
-        return {"weights": each, "masters": 0, "states": 2 * each, "gradients": each, "buffers": 0, "nvme": 0}
-
-    def close(self) -> None:
-        pass
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Others need not wait for this lane meanwhile."""
-        with self.base._changed:
-            self.away = True
-            self.base._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self.base._changed:
-                self.away = False

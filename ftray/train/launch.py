@@ -21,7 +21,7 @@ from ftray.config import Run
 from ftray.data.prepare import make_plan, prepare
 from ftray.errors import FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
-from ftray.session import in_a_job, ray_session, stand_aside
+from ftray.session import cause_of, in_a_job, ray_session, stand_aside
 from ftray.train import commits, native
 from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
@@ -132,7 +132,8 @@ def _compile_on_nodes(run: Run, on_event: Emit) -> None:
         try:
             return ray.get([task.options(scheduling_strategy=place).remote(argument) for place in here])
         except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, FtrayError) else error from None
+            cause = cause_of(error)
+            raise cause if isinstance(cause, FtrayError) else error from None
 
     on_each(native.refuse_nvme, run)
     if any(on_each(native.missing, names)):

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from ftray.errors import FtrayError, RunError
+from ftray.session import cause_of
 
 MOST = 16
 """Trials of one worker at once, if nothing else is asked for. Each has a light actor, which takes 2 s of a core to
@@ -14,15 +15,6 @@ start and 0.11 GiB, and the larger a batch is, the less it gains from one more l
 _AGAIN_SECONDS = 0.2
 _PATIENCE_SECONDS = 180.0
 """How long a worker that was lost may take to come back."""
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """The error that was raised far away, without what Ray put around it on its way."""
-    from ray.exceptions import RayTaskError
-
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
-    return error
 
 
 class Desk:

@@ -20,10 +20,10 @@ _LEAVE_SECONDS = 0.1
 class _Guest:
     """One run here: the channel of its loop, and what is told to those who wait for it."""
 
-    def __init__(self, name: str, run: Run, waits: bool, loop: asyncio.AbstractEventLoop) -> None:
-        self.name, self.run, self.waits = name, run, waits
+    def __init__(self, name: str, run: Run, waits: bool, tells: bool, loop: asyncio.AbstractEventLoop) -> None:
+        self.name, self.run, self.waits, self.tells = name, run, waits, tells
         self.events: deque[dict[str, Any]] = deque()
-        """All that happened and was not asked for yet."""
+        """If it tells all: what happened and was not asked for yet."""
         self._told: asyncio.Queue[dict[str, Any] | BaseException] = asyncio.Queue()
         self._loop = loop
         self._pending: dict[str, Any] | None = None
@@ -36,7 +36,8 @@ class _Guest:
     # on the lane's thread
 
     def emit(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
+        if self.tells:
+            self.events.append(event)
         if event["kind"] == "evaluation":
             self._pending = event
 
@@ -95,16 +96,23 @@ class Host:
         self._guests: dict[str, _Guest] = {}
 
     async def join(
-        self, trial: str, run: dict[str, Any], *, waits: bool, source: str | None = None, restarts: int = 0
+        self,
+        trial: str,
+        run: dict[str, Any],
+        *,
+        waits: bool,
+        tells: bool = False,
+        source: str | None = None,
+        restarts: int = 0,
     ) -> None:
         """A lane for this resolved run; it goes on from the commit in the run's folder if there is one. After each
-        evaluation it stands still until `next` is called again, if it `waits`. `source`: a commit's folder to take
-        weights and optimizer from, in place of the run's own. `restarts`: how often a host of this run was lost.
-        Raises FtrayError."""
+        evaluation it stands still until `next` is called again, if it `waits`; `events` has every event if it `tells`.
+        `source`: a commit's folder to take weights and optimizer from, in place of the run's own. `restarts`: how often
+        a host of this run was lost. Raises FtrayError."""
         parsed, loop = Run.model_validate(run), asyncio.get_running_loop()
         if trial in self._guests:
             raise RunError(f"{trial} is here already")
-        guest = self._guests[trial] = _Guest(trial, parsed, waits, loop)
+        guest = self._guests[trial] = _Guest(trial, parsed, waits, tells, loop)
         try:
             data = await asyncio.to_thread(self._prepare, guest, source)
         except BaseException:
@@ -117,7 +125,7 @@ class Host:
         return await self._guest(trial).next()
 
     async def events(self, trial: str) -> list[dict[str, Any]]:
-        """All that the lane has told since the last call."""
+        """All that a lane that `tells` has told since the last call."""
         taken, guest = [], self._guest(trial)
         while guest.events:
             taken.append(guest.events.popleft())
@@ -203,7 +211,7 @@ class Host:
 
     def _run(self, guest: _Guest, data: Any, restarts: int) -> None:
         """On the lane's own thread."""
-        from ftray.train.lanes import LaneEnded
+        from ftray.train.lane import LaneEnded
 
         try:
             summary = self._base.train(guest.name, guest.run, data, guest, restarts=restarts, hold=guest.before_step)

@@ -12,11 +12,11 @@ from typing import Any
 from ftray.config import Run
 from ftray.data.prepare import prepare
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
+from ftray.session import cause_of
 from ftray.train.launch import gpus_of_a_worker, preflight, tracked, write_summary
 from ftray.train.sharing import difference, refusal
 
 _POLL_SECONDS = 0.2
-_JOIN_SECONDS = 600.0
 
 Outcome = dict[str, Any] | FtrayError
 """The summary of a run, or why it has none."""
@@ -24,7 +24,8 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 
 
 def check_together(runs: Sequence[Run]) -> None:
-    """Raises ConfigError unless the runs can be lanes of one base."""
+    """What can be known before Ray starts. Raises ConfigError unless the runs can be lanes of one base, UserError for
+    what is wrong with one of them."""
     for run in runs:
         if reason := refusal(run):
             raise ConfigError(
@@ -36,6 +37,7 @@ def check_together(runs: Sequence[Run]) -> None:
                 f"{runs[0].name} and {run.name} need different bases: {key} differs",
                 hint="train runs of one base together, the others by a command of their own",
             )
+        preflight(run)
     for what, values in (("name", [run.name for run in runs]), ("folder", [run.folder for run in runs])):
         for value in values:
             if values.count(value) > 1:
@@ -52,7 +54,6 @@ def train_together(runs: Sequence[Run], *, on_event: OnEvent, stop: threading.Ev
     began = time.perf_counter()
     check_together(runs)
     for run in runs:
-        preflight(run)
         prepare(run, _named(on_event, run.name))
         if stop.is_set():
             raise RunStopped("stopped before the first step", hint="the same command begins again")
@@ -89,36 +90,40 @@ def _with_a_host(
     with _host(runs[0]) as host:
         try:
             by_name = {run.name: run for run in runs}
-            joined = {host.join.remote(run.name, run.dump(), waits=False, restarts=restarts): run.name for run in runs}
+            options = {"waits": False, "tells": True, "restarts": restarts}
+            joined = {host.join.remote(run.name, run.dump(), **options): run.name for run in runs}
             waiting: dict[Any, str] = {}
             asked = False
+
+            def pass_on(names: Sequence[str]) -> None:
+                for name, events in zip(names, ray.get([host.events.remote(name) for name in names]), strict=True):
+                    for event in events:
+                        tell[name](event)
+
             while joined or waiting:
                 done, _ = ray.wait([*joined, *waiting], num_returns=1, timeout=_POLL_SECONDS)
                 here = [name for name in by_name if name not in outcomes and name not in joined.values()]
-                for name, events in zip(here, ray.get([host.events.remote(name) for name in here]), strict=True):
-                    for event in events:
-                        tell[name](event)
+                pass_on(here)
                 if stop.is_set() and not asked and not joined:
                     ray.get([host.stop.remote(name) for name in here])
                     asked = True
                 for reference in done:
-                    name = joined.pop(reference) if reference in joined else waiting.pop(reference)
+                    is_here = reference in waiting
+                    name = waiting.pop(reference) if is_here else joined.pop(reference)
                     try:
                         told = ray.get(reference)
                     except RayActorError:
                         raise
-                    except FtrayError as error:
-                        outcomes[name] = error
-                        continue
-                    except ray.exceptions.RayTaskError as error:
-                        cause = error.cause if isinstance(error.cause, FtrayError) else RunError(str(error))
-                        outcomes[name] = cause
+                    except Exception as raised:  # noqa: BLE001 - this run's alone
+                        if is_here:
+                            pass_on([name])
+                        cause = cause_of(raised)
+                        outcomes[name] = cause if isinstance(cause, FtrayError) else RunError(str(raised))
                         continue
                     if told is not None and told["kind"] == "end":
+                        pass_on([name])
                         outcomes[name] = told["summary"]
                         write_summary(by_name[name], told["summary"], time.perf_counter() - started)
-                        for event in ray.get(host.events.remote(name)):
-                            tell[name](event)
                     else:
                         waiting[host.next.remote(name)] = name
         except RayActorError as error:

@@ -13,7 +13,7 @@ from ray.tune import Trainable
 from ftray.config.search import Search
 from ftray.errors import FtrayError, UserError
 from ftray.manifest import read_text, write_text
-from ftray.tune.desk import cause_of
+from ftray.session import cause_of
 
 _LOST_WORKERS = 8
 """Times that a trial may lose its worker, and the trials with it, before it counts as the trial's failure."""

@@ -7,7 +7,6 @@ import pytest
 from playwright.sync_api import Browser, Error, sync_playwright
 
 from tests.serve.conftest import (  # noqa: F401 - fixtures
-    _one_thread,
     artefacts,
     base,
     closed_endpoint,

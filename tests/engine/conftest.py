@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from ftray.train.loop import train_worker
 from ftray.train.world import World
@@ -27,14 +26,6 @@ METHODS = {
     "houlsby": ("{name: bottleneck, size: 24, placement: houlsby, activation: silu}", 5e-3),
 }
 """Every method that trains something beside a frozen base, and a rate that moves it far in a few steps."""
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

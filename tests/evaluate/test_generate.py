@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ftray.cli.main import call
 from ftray.config import Decoding, Model, Source
@@ -27,14 +26,6 @@ from tests.adapters import change_facts, seal, write_adapter
 
 ROWS = 120
 QUESTIONS = ["Tell me about brie.", "Which milk is feta made from?", "What goes with cheddar?"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

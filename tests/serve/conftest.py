@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from openai import OpenAI
 
 from ftray.config import Model
@@ -37,14 +36,6 @@ from tests.toys import MemoryData, Recorder, cheese_rows, toy_run
 
 ADMIN_KEY = "the admin's"
 KEYS = {"acme": "acme's key", "other": "other's key", "poor": "poor's key"}
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train_adapter(folder: Path, *, steps: int, rate: str = "1e-2", method: str = "{name: lora, rank: 8}") -> Path:

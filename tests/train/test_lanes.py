@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from ftray.config import Run
 from ftray.errors import RunError
-from ftray.train.lanes import Base, LaneEnded
+from ftray.train.lane import LaneEnded, Losses
+from ftray.train.lanes import Base
 from ftray.train.loop import train_worker
 from ftray.train.sharing import difference, refusal
 from ftray.train.world import World
@@ -238,7 +239,7 @@ def test_the_base_alone_is_measured_once(tmp_path, monkeypatch):
     original = Base._together
 
     def counted(self, asks):
-        seen.extend(len(ask.what.batches) for ask in asks if type(ask.what).__name__ == "_Losses")
+        seen.extend(len(ask.what.batches) for ask in asks if isinstance(ask.what, Losses))
         original(self, asks)
 
     monkeypatch.setattr(Base, "_together", counted)
