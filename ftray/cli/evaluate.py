@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from ftray.cli.console import open_console
@@ -24,8 +26,10 @@ def evaluate_command(
     metrics: str | None,
     examples: str | None,
     judge: str | None,
+    prices: str | None,
     to: str | None,
     registry: str | None,
+    workers: int | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -48,7 +52,8 @@ def evaluate_command(
         with resolved(systems_named, registry or os.environ.get(VARIABLE)) as systems:
             as_run = load_run(like) if like else next((s.run for s in systems if s.run is not None), None)
             task = task_of(systems, as_run, settings_of(as_run, overrides))
-            result = evaluate(systems, task, console, judge)
+            with _workers(workers, registry, verbose) as computing:
+                result = evaluate(systems, task, console, judge, _prices(prices, judge), computing)
         folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
         written = None
         if folder is not None:
@@ -75,6 +80,7 @@ def matrix_command(
     limit: int | None,
     to: str | None,
     registry: str | None,
+    workers: int | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -90,7 +96,9 @@ def matrix_command(
         )
     with open_console(as_json=as_json) as console, nullcontext() if verbose else quiet():
         with resolved(names, registry or os.environ.get(VARIABLE)) as systems:
-            matrix = cross(systems, columns_of(systems, general_sources(general), limit), console)
+            columns = columns_of(systems, general_sources(general), limit)
+            with _workers(workers, registry, verbose) as computing:
+                matrix = cross(systems, columns, console, computing)
         folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
         written = write_matrix(folder, matrix) if folder is not None else None
     found, report = matrix_json(matrix), _report(folder, console) if folder is not None else None
@@ -101,6 +109,36 @@ def matrix_command(
     places = [(name, where) for name, where in (("matrix", written), ("report", report)) if where]
     if places:
         print(facts(places, indent=0))
+
+
+@contextmanager
+def _workers(count: int | None, registry: str | None, verbose: bool) -> Iterator[Any]:
+    """Who computes: this process, or actors of Ray where a number was asked for or a cluster is at hand."""
+    from ftray.cli.publish import VARIABLE
+    from ftray.session import in_a_job, ray_session
+
+    if count is None and not in_a_job():
+        from ftray.evaluate.worker import Worker
+
+        yield Worker
+        return
+    with ray_session(verbose=verbose):
+        from ftray.evaluate.crew import Crew
+
+        yield partial(Crew, count=count, registry=registry or os.environ.get(VARIABLE))
+
+
+def _prices(text: str | None, judge: str | None) -> tuple[float, float] | None:
+    """`0.15,0.60` as numbers. Raises ConfigError."""
+    if text is None:
+        return None
+    if judge is None:
+        raise ConfigError("a price without a judge", where="--judge-price", hint="name the judge with --judge")
+    try:
+        read, written = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(f"{text!r} is not two numbers", where="--judge-price", hint="as 0.15,0.60") from None
+    return read, written
 
 
 _WIDE = 8

@@ -196,6 +196,19 @@ def evaluate(
         str | None,
         typer.Option("--judge", metavar="URL#MODEL", help="A model that says whose answers are better."),
     ] = None,
+    judge_price: Annotated[
+        str | None,
+        typer.Option(metavar="READ,WRITTEN", help="What a million tokens cost the judge's user; the cost is told."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Share the work among so many Ray actors, each with the base; default: this process, or on a cluster"
+            " an actor a GPU.",
+            show_default=False,
+        ),
+    ] = None,
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Every system on every run's held-out rows: what each forgot.")
     ] = False,
@@ -228,10 +241,18 @@ def evaluate(
 
     if matrix:
         given = {"--like": like, "--metrics": metrics, "--examples": examples, "--judge": judge}
+        given["--judge-price"] = judge_price
         if odd := next((option for option, value in given.items() if value), None):
             raise UsageError(f"{odd} does not go with --matrix, which asks each task as its own run says")
         matrix_command(
-            systems, general=general or [], limit=limit, to=to, registry=registry, as_json=as_json, verbose=verbose
+            systems,
+            general=general or [],
+            limit=limit,
+            to=to,
+            registry=registry,
+            workers=workers,
+            as_json=as_json,
+            verbose=verbose,
         )
         return
     if general:
@@ -244,8 +265,10 @@ def evaluate(
         metrics=metrics,
         examples=examples,
         judge=judge,
+        prices=judge_price,
         to=to,
         registry=registry,
+        workers=workers,
         as_json=as_json,
         verbose=verbose,
     )
@@ -304,7 +327,12 @@ def generate(
     prompts: Annotated[
         str, typer.Argument(metavar="PROMPTS", help="JSONL, CSV, Parquet, …: a file, glob, folder or fsspec URI.")
     ],
-    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The answers, JSONL; a path or any fsspec URI.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", metavar="FILE", help="The answers, JSONL, or Parquet if its name ends so; any fsspec URI."
+        ),
+    ],
     prompt: Annotated[
         str | None, typer.Option(metavar="TEMPLATE", help="The prompt, of a row's columns; default: {prompt}")
     ] = None,

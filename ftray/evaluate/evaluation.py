@@ -11,75 +11,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from ftray.config import Evaluation, Run, Source
+from ftray.config import Evaluation, Run
 from ftray.data.encode import Vocabulary
 from ftray.data.tokenizer import load_tokenizer
-from ftray.engine.engine import load_base
-from ftray.errors import ConfigError, DataError, UserError
-from ftray.evaluate.answers import Answer, Prompt, answers_of
+from ftray.errors import ConfigError, DataError
+from ftray.evaluate.asking import OnEvent, Outcome, Task, ask_base
 from ftray.evaluate.judge import Judged, Pair, judge
-from ftray.evaluate.losses import LossRow, row_losses
 from ftray.evaluate.overlap import Overlap, overlap
-from ftray.evaluate.questions import BETWEEN, Asked, Examples, Prompter, Question, questions_of, read_rows, split_rows
+from ftray.evaluate.questions import Asked, Examples, questions_of, read_rows, split_rows
 from ftray.evaluate.scores.metric import Measured, Metric
 from ftray.evaluate.scores.registry import opened
-from ftray.evaluate.statistics import Difference, Interval, compare, interval, resamples
-from ftray.evaluate.systems import BaseKey, System, baselines, read_adapters
-from ftray.model.load import DTYPES
-from ftray.model.served import Adapter, Base
+from ftray.evaluate.statistics import Difference, compare, interval, resamples
+from ftray.evaluate.systems import BaseKey, System, baselines
+from ftray.evaluate.worker import Worker, Workers
 
-OnEvent = Callable[[dict[str, Any]], None]
 _TRAIN_ROWS = 100_000
 """Training rows that are looked at, at most: for examples, and for duplicates of held-out ones."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all systems are asked."""
-
-    settings: Evaluation
-    questions: list[Question]
-    rows: list[Asked]
-    """Each row with its own answer: what losses are taken of."""
-    train: list[Asked]
-    """Training rows, the first of them: for examples in prompts, and to see which held-out rows are among them."""
-    train_missing: str | None
-    """Why there are none."""
-    sources: list[Source]
-    seed: int
-    name: str
-
-
-@dataclass
-class Outcome:
-    """One system's part of the result."""
-
-    system: System
-    answers: list[Answer] = field(default_factory=list)
-    losses: np.ndarray | None = None
-    """Sum of each row's targets in nats; None where none can be taken."""
-    target_tokens: np.ndarray | None = None
-    skipped_rows: int = 0
-    """Rows too long for this base."""
-    shown: list[int] = field(default_factory=list)
-    """Examples that fitted in front of each question."""
-    measured: dict[str, Measured] = field(default_factory=dict)
-    intervals: dict[str, Interval | None] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def loss(self) -> float | None:
-        if self.losses is None or self.target_tokens is None or not self.target_tokens.sum():
-            return None
-        return float(self.losses.sum() / self.target_tokens.sum())
 
 
 @dataclass(frozen=True)
@@ -92,6 +45,8 @@ class Result:
     """None: there are no training rows to compare with."""
     judged: dict[tuple[str, str], Judged]
     """(system, other) → what the judge said; empty without one."""
+    prices: tuple[float, float] | None
+    """Of a million tokens that the judge reads, and writes; None: unknown."""
     differences: dict[tuple[str, str], dict[str, Difference | None]]
     """(system, other) → by metric, the system's less the other's."""
     seconds: float
@@ -142,9 +97,17 @@ def _rows_of(run: Run, settings: Evaluation) -> tuple[list[Asked], list[Asked], 
     return train, held_out, missing
 
 
-def evaluate(systems: Sequence[System], task: Task, on_event: OnEvent, judged_by: str | None = None) -> Result:
+def evaluate(
+    systems: Sequence[System],
+    task: Task,
+    on_event: OnEvent,
+    judged_by: str | None = None,
+    prices: tuple[float, float] | None = None,
+    workers: Workers = Worker,
+) -> Result:
     """Evaluate the systems and their baselines. `judged_by`: the endpoint (`https://host/v1#model`) of a judge that
-    compares each system's answers with those of the first in the table. Raises UserError, RunError."""
+    compares each system's answers with those of the first in the table, for `prices` of a million tokens
+    read and written. `workers`: who computes. Raises UserError, RunError."""
     started, settings = time.perf_counter(), task.settings
     everyone = [*baselines(systems, settings.examples), *systems]
     outcomes = {system.name: Outcome(system) for system in everyone}
@@ -161,151 +124,21 @@ def evaluate(systems: Sequence[System], task: Task, on_event: OnEvent, judged_by
             if key is None:
                 _ask_endpoints(group, task, on_event)
             else:
-                _ask_base(key, group, task, examples, on_event)
+                ask_base(key, group, task, examples, workers, on_event)
         _score(list(outcomes.values()), metrics, task, on_event)
         differences = _differences(list(outcomes.values()), task)
     verdicts = _judged(judged_by, list(outcomes.values()), task, on_event) if judged_by else {}
     shared = overlap(task.train, task.rows) if task.train else None
-    return Result(task, metrics, list(outcomes.values()), shared, verdicts, differences, time.perf_counter() - started)
-
-
-# ---------------------------------------------------------------------------------------------------------- one base
-
-
-def _ask_base(key: BaseKey, group: Sequence[Outcome], task: Task, examples: Examples, on_event: OnEvent) -> None:
-    """Losses and answers of all that stand on one base."""
-    started = time.perf_counter()
-    names = ", ".join(outcome.system.name for outcome in group)
-    on_event({"kind": "status", "text": f"loading {key.model.path} for {names}"})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(key.model, quantized=key.quantized, dtype=DTYPES[key.precision], device=device)
-    adapters = read_adapters(base, [outcome.system for outcome in group])
-    prompters = {
-        template: Prompter(Vocabulary.of(load_tokenizer(key.model, template)))
-        for template in {outcome.system.chat_template for outcome in group}
-    }
-    _take_losses(base, group, task, examples, adapters, prompters, on_event)
-    if task.settings.metrics:
-        _take_answers(key, base, group, task, examples, adapters, prompters, on_event)
-    for outcome in group:
-        outcome.seconds = time.perf_counter() - started
-
-
-def _take_losses(
-    base: Base,
-    group: Sequence[Outcome],
-    task: Task,
-    examples: Examples,
-    adapters: dict[str, Adapter],
-    prompters: dict[str | None, Prompter],
-    on_event: OnEvent,
-) -> None:
-    rows: list[LossRow] = []
-    owners: list[tuple[Outcome, int]] = []
-    for outcome in group:
-        system, prompter = outcome.system, prompters[outcome.system.chat_template]
-        places = places_of(base, adapters, system)
-        outcome.losses = np.full(len(task.rows), np.nan)
-        outcome.target_tokens = np.zeros(len(task.rows))
-        rendered = [prompter.whole(row, _fitting(row, system, examples, prompter, places, 0)[0]) for row in task.rows]
-        for i, (tokens, targets) in enumerate(prompter.encoded(rendered)):
-            if len(tokens) > places or not targets.any():
-                outcome.skipped_rows += 1
-                continue
-            outcome.target_tokens[i] = targets.sum()
-            rows.append(LossRow(system.key, tokens, targets))
-            owners.append((outcome, i))
-
-    def told(count: int) -> None:
-        on_event({"kind": "progress", "what": "losses", "done": count, "total": len(rows), "unit": "rows"})
-
-    for (outcome, i), loss in zip(owners, row_losses(base, adapters, rows, told), strict=True):
-        assert outcome.losses is not None
-        outcome.losses[i] = loss
-    for outcome in group:
-        assert outcome.losses is not None
-        outcome.losses = np.nan_to_num(outcome.losses)
-
-
-def _take_answers(
-    key: BaseKey,
-    base: Base,
-    group: Sequence[Outcome],
-    task: Task,
-    examples: Examples,
-    adapters: dict[str, Adapter],
-    prompters: dict[str | None, Prompter],
-    on_event: OnEvent,
-) -> None:
-    decoding = task.settings.decoding
-    prompts: list[Prompt] = []
-    longest = 0
-    for outcome in group:
-        system, prompter = outcome.system, prompters[outcome.system.chat_template]
-        places = places_of(base, adapters, system)
-        for question in task.questions:
-            shown, tokens = _fitting(question.asked, system, examples, prompter, places, decoding.max_tokens)
-            if len(tokens) + decoding.max_tokens > places:
-                raise UserError(
-                    f"a prompt has {len(tokens):,} tokens; with {decoding.max_tokens:,} of the answer it is longer than"
-                    f" the {places:,} places that {system.name} has",
-                    where=question.asked.where,
-                    hint="lower evaluate.decoding.max_tokens, or leave this row out",
-                )
-            stop = (BETWEEN,) if shown and question.asked.messages is None else ()
-            outcome.shown.append(len(shown))
-            prompts.append(Prompt(system.key, tokens, stop))
-            virtual = adapters[system.key].virtual_tokens if system.key else 0
-            longest = max(longest, len(tokens) + virtual)
-
-    def told(count: int) -> None:
-        on_event({"kind": "progress", "what": "answers", "done": count, "total": len(prompts), "unit": "answers"})
-
-    if decoding.beams > 1:
-        from ftray.evaluate.beams import searched
-
-        folders = {o.system.key: o.system.folder for o in group if o.system.key and o.system.folder}
-        answers = searched(
-            key.model,
-            folders,
-            prompts,
-            decoding,
-            quantized=key.quantized,
-            dtype=DTYPES[key.precision],
-            device=base.model.device,
-            pad_id=base.tokenizer.pad_token_id,
-            end_id=base.tokenizer.eos_token_id,
-            done=told,
-        )
-    else:
-        answers = answers_of(base, adapters, prompts, decoding, longest=longest, done=told)
-    each = len(task.questions)
-    for number, outcome in enumerate(group):
-        outcome.answers = answers[number * each : (number + 1) * each]
-
-
-def places_of(base: Base, adapters: dict[str, Adapter], system: System) -> int:
-    """Tokens that question and answer may have together."""
-    positions = getattr(base.config, "max_position_embeddings", None) or 4096
-    return positions - (adapters[system.key].virtual_tokens if system.key else 0)
-
-
-def _fitting(
-    row: Asked, system: System, examples: Examples, prompter: Prompter, places: int, answer: int
-) -> tuple[list[Asked], tuple[int, ...]]:
-    """(the examples in front of `row`, the prompt's tokens): as many examples as were asked for, or as fit. With
-    `answer` 0 the row's own answer must fit too."""
-    shown = examples.of(row, system.examples) if system.examples else []
-    while True:
-        if answer:
-            tokens = prompter.tokens(row, shown)
-            fits = len(tokens) + answer <= places
-        else:
-            tokens = ()
-            fits = not shown or len(prompter.encoded([prompter.whole(row, shown)])[0][0]) <= places
-        if fits or not shown:
-            return shown, tokens
-        shown = shown[1:]
+    return Result(
+        task,
+        metrics,
+        list(outcomes.values()),
+        shared,
+        verdicts,
+        prices,
+        differences,
+        time.perf_counter() - started,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- endpoints

@@ -2,7 +2,7 @@
 
     OUT.parts/part-000007.jsonl     the answers of one part, written whole
     OUT.parts/part-000007.json      its note, written after it: now it counts
-    OUT                             all parts in order, once they are all there
+    OUT                             all parts in order, once they are all there: JSON lines, or Parquet by its name
     OUT.manifest.json               what was asked of whom, counts, SHA-256 of OUT; written last
 
 Ray Data hands the missing parts to actors that each hold one base. Whatever is killed, the same call does what is
@@ -20,10 +20,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ftray import errors
-from ftray.data.shards import Sink
 from ftray.errors import ArtefactError, ConfigError, RunError
 from ftray.evaluate.generation import Asking, Generation, Part, plan
 from ftray.evaluate.generator import Generator, part_names, use_cores
+from ftray.evaluate.output import Output
 from ftray.manifest import filesystem, join, read_text, write_text
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -89,7 +89,7 @@ def on_ray(generation: Generation, parts: Sequence[Part]) -> Iterator[dict[str, 
 
     if not parts:
         return
-    count, resources = _share(generation.asking.workers, len(parts))
+    count, resources = share(generation.asking.workers, len(parts))
     context = DataContext.get_current()
     bars, context.enable_progress_bars = context.enable_progress_bars, False
     try:
@@ -121,8 +121,9 @@ class _Actor:
         return {"result": [json.dumps(self._generator.do(part)) for part in parts]}
 
 
-def _share(wanted: int | None, parts: int) -> tuple[int, dict[str, Any]]:
-    """(number of workers, what Ray reserves for each): a GPU each, or without GPUs a machine's cores."""
+def share(wanted: int | None, parts: int) -> tuple[int, dict[str, Any]]:
+    """(number of workers, no more than there are parts; what Ray reserves for each): a GPU each, or without GPUs a
+    machine's cores."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
@@ -196,7 +197,7 @@ def _read(uri: str) -> dict[str, Any] | None:
 
 
 def _conclude(generation: Generation, notes: dict[int, dict[str, Any]], seconds: float) -> dict[str, Any]:
-    sink = Sink(generation.asking.out)
+    sink = Output(generation.asking.out)
     try:
         for part in generation.parts:
             sink.write(_verified(generation, notes[part.number]))

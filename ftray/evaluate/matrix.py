@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ftray.config import Decoding, Evaluation, Source
 from ftray.data.encode import Vocabulary
 from ftray.data.tokenizer import load_tokenizer
-from ftray.engine.engine import load_base
 from ftray.errors import ConfigError
-from ftray.evaluate.answers import Prompt, answers_of
-from ftray.evaluate.evaluation import OnEvent, places_of
-from ftray.evaluate.losses import LossRow, row_losses
+from ftray.evaluate.answers import Prompt
+from ftray.evaluate.asking import OnEvent
+from ftray.evaluate.losses import LossRow
 from ftray.evaluate.questions import Asked, Prompter, questions_of, read_rows, split_rows
 from ftray.evaluate.scores.registry import expanded, opened
-from ftray.evaluate.systems import BaseKey, System, baselines, read_adapters
-from ftray.model.load import DTYPES
-from ftray.model.served import Base
+from ftray.evaluate.systems import BaseKey, System, baselines
+from ftray.evaluate.worker import Computes, Worker, Workers
 
 GENERAL_ROWS = 200
 """Rows of general text whose loss is taken, at most."""
@@ -98,9 +96,9 @@ def columns_of(systems: Sequence[System], general: Sequence[Source] = (), limit:
     return list(found.values())
 
 
-def cross(systems: Sequence[System], columns: Sequence[Column], on_event: OnEvent) -> Matrix:
-    """Every system, and the bases before them, on every task. Raises ConfigError for an endpoint, which tells no
-    losses, and for beams."""
+def cross(systems: Sequence[System], columns: Sequence[Column], on_event: OnEvent, workers: Workers = Worker) -> Matrix:
+    """Every system, and the bases before them, on every task. `workers`: who computes. Raises ConfigError for an
+    endpoint, which tells no losses, and for beams."""
     started = time.perf_counter()
     if endpoint := next((system for system in systems if system.base is None), None):
         raise ConfigError("an endpoint tells no losses", where=endpoint.name, hint="name runs or adapters")
@@ -116,25 +114,25 @@ def cross(systems: Sequence[System], columns: Sequence[Column], on_event: OnEven
     answering = 0.0
     for key, members in groups.items():
         on_event({"kind": "status", "text": f"loading {key.model.path} for {len(members)} systems"})
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        base = load_base(key.model, quantized=key.quantized, dtype=DTYPES[key.precision], device=device)
-        group = _Group(key, base, [everyone[i] for i in members], columns)
-        losses[members] = group.losses(on_event)
-        began = time.perf_counter()
-        if any(column.metric for column in columns):
-            scores[members] = group.scores(on_event)
-        answering += time.perf_counter() - began
+        own = [everyone[i] for i in members]
+        with closing(workers(key, own)) as worker:
+            group = _Group(key, worker, own, columns)
+            losses[members] = group.losses(on_event)
+            began = time.perf_counter()
+            if any(column.metric for column in columns):
+                scores[members] = group.scores(on_event)
+            answering += time.perf_counter() - began
     names = {column.name: i for i, column in enumerate(columns)}
-    own = [names.get(system.name) for system in everyone]
-    return Matrix(everyone, list(columns), losses, scores, own, time.perf_counter() - started, answering)
+    tasks = [names.get(system.name) for system in everyone]
+    return Matrix(everyone, list(columns), losses, scores, tasks, time.perf_counter() - started, answering)
 
 
 class _Group:
     """All that stands on one base."""
 
-    def __init__(self, key: BaseKey, base: Base, systems: list[System], columns: Sequence[Column]) -> None:
-        self.base, self.systems, self.columns = base, systems, columns
-        self.adapters = read_adapters(base, systems)
+    def __init__(self, key: BaseKey, worker: Computes, systems: list[System], columns: Sequence[Column]) -> None:
+        self.worker, self.systems, self.columns = worker, systems, columns
+        self.positions, self.virtual = worker.positions(), worker.virtual_tokens()
         templates = {system.chat_template for system in systems}
         self.prompters = {t: Prompter(Vocabulary.of(load_tokenizer(key.model, t))) for t in templates}
 
@@ -148,7 +146,7 @@ class _Group:
                 for i, system in enumerate(self.systems):
                     if system.chat_template != template:
                         continue
-                    places = places_of(self.base, self.adapters, system)
+                    places = self.positions - self.virtual[system.key]
                     for tokens, targets in encoded:
                         if targets[:places].any():
                             rows.append(LossRow(system.key, tokens[:places], targets[:places]))
@@ -158,7 +156,7 @@ class _Group:
             on_event({"kind": "progress", "what": "losses", "done": count, "total": len(rows), "unit": "rows"})
 
         sums, targets = (np.zeros((len(self.systems), len(self.columns))) for _ in range(2))
-        for cell, row, loss in zip(cells, rows, row_losses(self.base, self.adapters, rows, told), strict=True):
+        for cell, row, loss in zip(cells, rows, self.worker.losses(rows, told), strict=True):
             sums[cell] += loss
             targets[cell] += row.targets.sum()
         with np.errstate(invalid="ignore"):
@@ -173,8 +171,7 @@ class _Group:
             for template, prompter in self.prompters.items():
                 tokens = [prompter.tokens(question.asked) for question in asked]
                 for system in (s for s in self.systems if s.chat_template == template):
-                    virtual = self.adapters[system.key].virtual_tokens if system.key else 0
-                    longest = max([longest, *(len(each) + virtual for each in tokens)])
+                    longest = max([longest, *(len(each) + self.virtual[system.key] for each in tokens)])
                     prompts += [Prompt(system.key, each, decoding=column.decoding) for each in tokens]
             most = max(most, column.decoding.max_tokens if column.metric else 0)
 
@@ -182,7 +179,7 @@ class _Group:
             on_event({"kind": "progress", "what": "answers", "done": count, "total": len(prompts), "unit": "answers"})
 
         decoding = _longest_of(self.columns[0].decoding, most)
-        answers = iter(answers_of(self.base, self.adapters, prompts, decoding, longest=longest, done=told))
+        answers = iter(self.worker.answers(prompts, decoding, longest, told))
         found = np.full((len(self.systems), len(self.columns)), np.nan)
         for j, (column, asked) in enumerate(zip(self.columns, questions, strict=True)):
             if not column.metric:

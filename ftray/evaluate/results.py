@@ -88,6 +88,7 @@ def _judged(pair: tuple[str, str], found: Judged, result: Result) -> dict[str, A
         "unclear": found.unclear,
         "prompt_tokens": found.prompt_tokens,
         "answer_tokens": found.answer_tokens,
+        "cost": round(found.cost(*result.prices), 6) if result.prices else None,
     }
 
 
@@ -99,7 +100,8 @@ def judged_text(judged: dict[str, Any]) -> str:
         text += f"; {judged['swayed']} of the ties went with the place"
     if judged["unclear"]:
         text += f"; {judged['unclear']} judgements without a verdict"
-    return f"{text}; the judge read {judged['prompt_tokens']:,} tokens and wrote {judged['answer_tokens']:,}"
+    text += f"; the judge read {judged['prompt_tokens']:,} tokens and wrote {judged['answer_tokens']:,}"
+    return f"{text}, which cost {judged['cost']:,.4f}" if judged.get("cost") is not None else text
 
 
 def _overlap(result: Result) -> dict[str, Any]:

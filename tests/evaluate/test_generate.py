@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from ftray.cli.main import call
@@ -80,6 +81,17 @@ def whole(place) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, A
     events: list[dict[str, Any]] = []
     facts = generate(asking(place, "whole.jsonl"), events.append, here)
     return answers(place / "whole.jsonl"), facts, events
+
+
+def test_parquet_holds_the_same(place, whole):
+    rows, _, _ = whole
+    facts = generate(asking(place, "whole.parquet"), lambda event: None, here)
+    content = (place / "whole.parquet").read_bytes()
+    assert facts["sha256"] == hashlib.sha256(content).hexdigest()
+    found = pq.read_table(place / "whole.parquet").to_pylist()
+    for row in found:
+        row["input"] = json.loads(row["input"]) if row["input"] is not None else None
+    assert found == rows
 
 
 def test_one_line_a_row_in_order_each_by_its_adapter(place, whole):

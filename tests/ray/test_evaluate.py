@@ -1,0 +1,56 @@
+"""`ftray evaluate` on Ray's actors: what they find is what one process finds, also when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ftray.config import Decoding, Evaluation, Model
+from ftray.errors import ArtefactError
+from ftray.evaluate import crew
+from ftray.evaluate.crew import Crew
+from ftray.evaluate.evaluation import evaluate, task_of
+from ftray.evaluate.systems import BaseKey, System, resolved
+from tests.evaluate.runs import cheese_run
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def test_two_workers_find_what_one_process_does(tmp_path: Path, monkeypatch):
+    cheese_run(tmp_path / "lora", steps=6)
+    cheese_run(tmp_path / "prompt", "{name: prompt, tokens: 6}", steps=2)
+    monkeypatch.setattr(crew, "_AT_ONCE", 4)
+    killed: list[int] = []
+
+    def kill_a_worker(event: dict[str, Any]) -> None:
+        if event["kind"] == "progress" and event["what"] == "answers" and not killed:
+            workers = [p for p in psutil.Process().children(recursive=True) if "ray::_Actor" in " ".join(p.cmdline())]
+            killed.extend(p.pid for p in workers[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    settings = Evaluation(metrics=["chrf"], examples=[0, 1], decoding=Decoding(max_tokens=12))
+    with resolved([str(tmp_path / "lora"), str(tmp_path / "prompt")]) as systems:
+        task = task_of(systems, settings=settings)
+        alone = evaluate(systems, task, lambda event: None)
+        spread = evaluate(systems, task, kill_a_worker, workers=partial(Crew, count=2))
+    assert killed
+    for one, other in zip(alone.outcomes, spread.outcomes, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        assert [answer.text for answer in other.answers] == [answer.text for answer in one.answers]
+        assert other.shown == one.shown
+    left = [p for p in psutil.Process().children(recursive=True) if "ray::_Actor" in " ".join(p.cmdline())]
+    assert not psutil.wait_procs(left, timeout=30)[1]
+
+
+def test_what_is_wrong_with_an_adapter_is_told_as_it_is(tmp_path: Path):
+    run = cheese_run(tmp_path / "lora", steps=1)
+    key = BaseKey(Model(path="embedded"), False, "fp32")
+    other = System("x", "adapter", "x", key, tmp_path / "lora/artefact", "k", run, base_sha256="0" * 64)
+    with pytest.raises(ArtefactError, match="is not the base that it was trained on"):
+        Crew(key, [other], count=1)
