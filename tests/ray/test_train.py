@@ -33,12 +33,12 @@ def assert_close(mine, theirs, relative):
 def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
     """Two workers → one → two: the same rows, the same losses."""
     # slow enough that a stop comes in time
-    slow = {"train__steps": 60, "train__micro_batch_rows": 1, "train__learning_rate": 5e-4}
+    slow = {"train__steps": 36, "train__micro_batch_rows": 1, "train__learning_rate": 5e-4}
     fit(write_run(tmp_path, "one", workers__count=1, **slow))
     fit(write_run(tmp_path, "two", **slow))
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-3)
 
-    for until, count in ((5, 2), (25, 1), (None, 2)):
+    for until, count in ((5, 2), (18, 1), (None, 2)):
         stop = threading.Event()
 
         def on_event(event, until=until, stop=stop):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -46,8 +47,13 @@ def has_libaio() -> bool:
     return AsyncIOBuilder().is_compatible()
 
 
+def with_nvme() -> bool:
+    return has_libaio() and bool(os.environ.get("FTRAY_LONG"))
+
+
 def names(*among: str) -> list[Any]:
-    marks = {"zero3-nvme": [pytest.mark.skipif(not has_libaio(), reason="no libaio-dev")]}
+    # DeepSpeed's access to NVMe takes four minutes of two cores to compile
+    marks = {"zero3-nvme": [pytest.mark.long, pytest.mark.skipif(not has_libaio(), reason="no libaio-dev")]}
     return [pytest.param(name, marks=marks.get(name, [])) for name in among]
 
 
@@ -91,7 +97,7 @@ def summaries(folder, data) -> dict[str, dict[str, Any]]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     runs = {"plain": recipe(folder, "plain")}
-    runs |= {n: recipe(folder, n, s) for n, s in STRATEGIES.items() if "nvme" not in n or has_libaio()}
+    runs |= {n: recipe(folder, n, s) for n, s in STRATEGIES.items() if "nvme" not in n or with_nvme()}
     runs["changing"] = recipe(folder, "changing", STRATEGIES["zero3-cpu"])
     for name, method, strategy in (("lora", "lora", "zero3"), ("qlora", "qlora", "zero2")):
         shorter = (f"method={{name: {method}, rank: 4}}", "train.steps=8", "train.learning_rate=2e-3")

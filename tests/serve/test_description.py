@@ -13,8 +13,6 @@ import pytest
 
 from tests.serve.conftest import ADMIN_KEY, Running, idle
 
-CASES = 2000
-
 
 def test_it_describes_every_route_and_both_bodies(shared: Running) -> None:
     found = httpx.get(f"{shared.url}/openapi.json").json()
@@ -29,7 +27,10 @@ def test_it_describes_every_route_and_both_bodies(shared: Running) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_server_error_in_2000_generated_requests(open_endpoint: Running, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cases", "examples"), [(600, 50), pytest.param(2000, 250, marks=pytest.mark.long)])
+def test_no_server_error_in_generated_requests(
+    open_endpoint: Running, tmp_path: Path, cases: int, examples: int
+) -> None:
     """Whole and broken ones, of every route, the admin's too. They are counted from our own metrics: those arrived."""
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
@@ -40,7 +41,7 @@ def test_no_server_error_in_2000_generated_requests(open_endpoint: Running, tmp_
         *("--checks", "not_a_server_error"),
         *("--mode", "all"),
         *("--phases", "examples,coverage,fuzzing"),
-        *("--max-examples", "250"),
+        *("--max-examples", str(examples)),
         *("--request-timeout", "60"),
         *("--seed", "1"),
         "--continue-on-failure",
@@ -58,7 +59,7 @@ def test_no_server_error_in_2000_generated_requests(open_endpoint: Running, tmp_
     print(dict(statuses))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert not [status for status in statuses if status.startswith("5")], statuses
-    assert sum(statuses.values()) >= CASES, statuses
-    assert statuses["200"] > 200
-    assert statuses["400"] > 100
+    assert sum(statuses.values()) >= cases, statuses
+    assert statuses["200"] > cases / 10
+    assert statuses["400"] > cases / 20
     assert idle(open_endpoint.engine)
