@@ -1,8 +1,8 @@
 # Serving: the endpoint and the registry's commands, without DeepSpeed and what else only training and searching take.
 #
-#   docker build -f cluster/docker/serve.Dockerfile -t ghcr.io/OWNER/ftray-serve:0.1.0 .
+#   docker build -f cluster/docker/serve.Dockerfile -t ghcr.io/your-team/ftray-serve:0.1.0 .
 #   docker run --rm --gpus all --shm-size 8g -p 127.0.0.1:8000:8000 -v "$PWD":/work -w /work \
-#     ghcr.io/OWNER/ftray-serve:0.1.0 serve serve.yaml http_options.host=0.0.0.0     # needs args.tenants: keys
+#     ghcr.io/your-team/ftray-serve:0.1.0 serve serve.yaml http_options.host=0.0.0.0     # needs args.tenants: keys
 #
 # Base images are pinned by tag. To pin them by digest as well, look it up once and write it behind the tag:
 #   docker buildx imagetools inspect python:3.11-slim-bookworm --format '{{.Manifest.Digest}}'

@@ -1,6 +1,6 @@
 # Training, searching, evaluating: ftray with everything it needs on NVIDIA GPUs.
 #
-#   docker build -f cluster/docker/train.Dockerfile -t ghcr.io/OWNER/ftray-train:0.1.0 .
+#   docker build -f cluster/docker/train.Dockerfile -t ghcr.io/your-team/ftray-train:0.1.0 .
 #   docker build -f cluster/docker/train.Dockerfile --build-arg EXTRAS=s3,mlflow -t … .
 #
 # Base images are pinned by tag. To pin them by digest as well, look it up once and write it behind the tag:
@@ -44,10 +44,10 @@ RUN python -c "from ftray.train.native import compile_parts; compile_parts(['cpu
 
 FROM nvidia/cuda:${CUDA_TAG} AS train
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# wget: KubeRay's probes; rsync, ssh: `ray up`; g++: the wrapper above, and ftray's own product of adapters on CPUs.
+# wget: KubeRay's probes; rsync, ssh: `ray up`; pgrep: what the pods wait for before they end; g++: the wrapper above, and ftray's own product of adapters on CPUs.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends g++ libaio-dev wget rsync openssh-client ca-certificates tini \
+ && apt-get install -y --no-install-recommends g++ libaio-dev wget rsync openssh-client ca-certificates procps tini \
  && rm -rf /var/lib/apt/lists/* \
  && (userdel --remove ubuntu || true) \
  && useradd --uid 1000 --create-home --shell /bin/bash ftray
