@@ -25,7 +25,8 @@ import pytest
 import yaml
 
 from ftray import __version__
-from ftray.config import load_run, load_search
+from ftray.config import load_run
+from ftray.config.search import load_search
 from ftray.errors import ConfigError
 from serve.config import parse_serve
 
@@ -56,7 +57,9 @@ def test_every_ray_version_is_that_of_pyproject() -> None:
 
 
 def test_every_image_of_ours_is_of_this_version_and_has_a_dockerfile() -> None:
-    used = {(f, i) for f, text in TEXTS.items() for i in re.findall(r"ghcr\.io/your-team/(ftray-[\w-]+(?::[\w.-]+)?)", text)}
+    used = {
+        (f, i) for f, text in TEXTS.items() for i in re.findall(r"ghcr\.io/your-team/(ftray-[\w-]+(?::[\w.-]+)?)", text)
+    }
     assert {file.parent.name for file, _ in used} >= {"docker", "kuberay", "ray-up"}
     for file, image in used:
         name, _, tag = image.partition(":")
@@ -138,7 +141,9 @@ def test_images_are_pinned_staged_and_not_root(file: Path) -> None:
 def admitted(source: str) -> bool:
     """Whether .dockerignore lets a path in."""
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
-    return "*" in lines and any(source == line[1:] or source.startswith(f"{line[1:]}/") for line in lines if line[0] == "!")
+    return "*" in lines and any(
+        source == line[1:] or source.startswith(f"{line[1:]}/") for line in lines if line[0] == "!"
+    )
 
 
 def test_secrets_and_runs_stay_out_of_the_images() -> None:
@@ -175,7 +180,14 @@ def test_nothing_of_the_endpoint_needs_what_its_image_leaves_out() -> None:
     """Every import, lazy ones too, of the modules that `ftray serve`, `publish` and `adapters` reach."""
     absent = {"py3langid", "datasets", "deepspeed", "matplotlib", "tensorboard", "optuna"}
     assert absent == set(image_requirements()["TRAIN_ONLY"])
-    started = ["serve.app", "serve.local", "ftray.cli.main", "ftray.cli.serve", "ftray.cli.publish", "ftray.cli.adapters"]
+    started = [
+        "serve.app",
+        "serve.local",
+        "ftray.cli.main",
+        "ftray.cli.serve",
+        "ftray.cli.publish",
+        "ftray.cli.adapters",
+    ]
     at_once = reached(started, lazily=False)
     assert {"ftray.engine.engine", "ftray.registry.store", "serve.replica"} <= at_once
     for module in at_once:
@@ -233,7 +245,9 @@ def test_the_compiler_of_the_image_names_no_processor(given: list[str], added: s
     if os.uname().machine != "x86_64":
         pytest.skip("the wrapper changes nothing on other machines")
     environment = {**os.environ, "FTRAY_CXX": "echo"}
-    out = subprocess.run([CLUSTER / "docker" / "g++", *given], env=environment, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [CLUSTER / "docker" / "g++", *given], env=environment, capture_output=True, text=True, check=True
+    )
     assert out.stdout.split() == [*given, *([added] if added else [])]
 
 
@@ -273,7 +287,7 @@ def test_ray_up_takes_its_files(file: Path, tmp_path: Path, monkeypatch: pytest.
         lambda c: c.update(dockers={}),
         lambda c: c["docker"].update(images="ftray"),
         lambda c: c.update(cluster_name=1),
-        lambda c: c.update(file_mounts=[]),
+        lambda c: c.update(setup_commands="true"),
     ],
 )
 def test_ray_up_refuses_what_it_does_not_know(file: Path, spoil: Any) -> None:
@@ -500,6 +514,9 @@ def known_metrics() -> frozenset[str]:
     folder = Path(ray.submodule_search_locations[0]) / "dashboard" / "modules" / "metrics" / "dashboards"
     for file in folder.glob("*.py"):
         names |= set(re.findall(r"\b(ray_[a-z0-9_]+)\b", file.read_text(encoding="utf-8")))
+    # written by the GCS, in C++, and read by Ray Data
+    collector = Path(ray.submodule_search_locations[0]) / "data" / "_internal" / "usage" / "collector.py"
+    names |= set(re.findall(r"\b(ray_[a-z_]+_total)\b", collector.read_text(encoding="utf-8")))
     agent = folder.parents[1] / "reporter" / "reporter_agent.py"
     names |= {f"ray_{name}" for name in re.findall(r'"(node_[a-z_]+)"', agent.read_text(encoding="utf-8"))}
     return frozenset(names)
@@ -508,7 +525,7 @@ def known_metrics() -> frozenset[str]:
 def expression_errors(expression: str) -> str | None:
     import promql_parser
 
-    plain = re.sub(r"\$\{?\w+\}?", "x", expression.replace("$__rate_interval", "5m"))
+    plain = re.sub(r"\$\{?\w+\}?", "x", re.sub(r"\$__(rate_interval|range)\b", "5m", expression))
     try:
         promql_parser.parse(plain)
     except ValueError as error:
@@ -614,7 +631,9 @@ def test_alerts_ask_for_what_exists_and_lead_to_the_runbook() -> None:
         assert place in anchors
 
 
-@pytest.mark.parametrize("expression", ["rate(ftray_request_total[5m])", "rate(ftray_requests_total[5m]", "ray_node_mem"])
+@pytest.mark.parametrize(
+    "expression", ["rate(ftray_request_total[5m])", "rate(ftray_requests_total[5m]", "ray_node_mem"]
+)
 def test_a_wrong_expression_is_refused(expression: str) -> None:
     assert expression_errors(expression)
 
@@ -623,7 +642,14 @@ def test_prometheus_asks_ports_and_labels_that_the_pods_have() -> None:
     config = yaml.safe_load(TEXTS[OBSERVABILITY / "prometheus.yaml"])
     assert config.keys() == {"global", "rule_files", "scrape_configs"}
     assert all((OBSERVABILITY / name).is_file() for name in config["rule_files"])
-    known = {"job_name", "file_sd_configs", "static_configs", "kubernetes_sd_configs", "relabel_configs", "authorization"}
+    known = {
+        "job_name",
+        "file_sd_configs",
+        "static_configs",
+        "kubernetes_sd_configs",
+        "relabel_configs",
+        "authorization",
+    }
     for job in config["scrape_configs"]:
         assert job.keys() <= known
     text = TEXTS[CLUSTER / "kuberay" / "rayservice.yaml"]
@@ -642,7 +668,7 @@ def anchor(title: str) -> str:
 def link_errors(file: Path, text: str) -> list[str]:
     found = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+:", target):
+        if re.match(r"[a-z]+:", target) or target.startswith("local/"):
             continue
         path, _, place = target.partition("#")
         other = (file.parent / path).resolve() if path else file
@@ -681,6 +707,8 @@ def test_every_command_and_file_of_the_documents_exists(file: Path) -> None:
 
 def test_every_recipe_of_the_documents_is_shipped() -> None:
     shipped = {recipe.stem for recipe in (ROOT / "ftray" / "recipes").rglob("*.yaml")}
-    named = {name for file in DOCUMENTS for name in re.findall(r"\b(quickstart-[a-z]+|llama-[\w.-]*gpu)\b", TEXTS[file])}
+    named = {
+        name for file in DOCUMENTS for name in re.findall(r"\b(quickstart-[a-z]+|llama-[\w.-]*gpu)\b", TEXTS[file])
+    }
     assert named
     assert named <= shipped

@@ -66,7 +66,9 @@ def worker_of(document: dict[str, Any]) -> dict[str, Any]:
 
 def test_there_is_a_file_for_each_kind() -> None:
     assert {found["kind"] for _, found in RAY} == set(RAY_KINDS)
-    assert {"train", "tune"} == {found["metadata"]["labels"]["ftray/part"] for _, found in RAY if found["kind"] == "RayJob"}
+    assert {"train", "tune"} == {
+        found["metadata"]["labels"]["ftray/part"] for _, found in RAY if found["kind"] == "RayJob"
+    }
 
 
 @pytest.mark.parametrize(("file", "document"), RAY, ids=name)
@@ -122,7 +124,11 @@ def test_every_cel_rule_of_the_crds_is_checked(crds: Path, kind: str) -> None:
         {"deletionStrategy": {"onSuccess": {"policy": "DeleteSelf"}}},
         {"deletionStrategy": {"onSuccess": {}, "onFailure": {}, "deletionRules": []}},
         {"deletionStrategy": {"deletionRules": [{"condition": {}, "policy": "DeleteSelf"}]}},
-        {"deletionStrategy": {"deletionRules": [{"condition": {"jobStatus": "FAILED", "jobDeploymentStatus": "Failed"}}]}},
+        {
+            "deletionStrategy": {
+                "deletionRules": [{"condition": {"jobStatus": "FAILED", "jobDeploymentStatus": "Failed"}}]
+            }
+        },
     ],
     ids=str,
 )
@@ -314,7 +320,9 @@ def test_kueue_files_have_known_fields_and_fit_together() -> None:
         for container in template["spec"]["containers"]
         for key in container["resources"]["requests"]
     }
-    assert asked <= set(queue["spec"]["resourceGroups"][0]["coveredResources"]), "Kueue admits nothing it does not cover"
+    assert asked <= set(queue["spec"]["resourceGroups"][0]["coveredResources"]), (
+        "Kueue admits nothing it does not cover"
+    )
 
 
 def test_the_kustomization_lists_files_that_are_there() -> None:
@@ -349,6 +357,8 @@ def test_network_policies_select_what_the_files_and_the_operator_label() -> None
                 ours.setdefault(key, set()).add(value)
     for _, document in ALL:
         if document["kind"] in ("NetworkPolicy", "PodDisruptionBudget"):
-            selectors = re.findall(r"podSelector:\n\s+matchLabels:\n\s+([\w./-]+): '?([\w-]+)", yaml.safe_dump(document))
+            selectors = re.findall(
+                r"podSelector:\n\s+matchLabels:\n\s+([\w./-]+): '?([\w-]+)", yaml.safe_dump(document)
+            )
             for key, value in selectors:
                 assert key in operators or value in ours[key]
