@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides `metrics.jsonl`: TensorBoard, MLflow, Weights & Biases.
+"""Where a run's numbers go besides `metrics.jsonl`: TensorBoard, MLflow, Weights & Biases, Prometheus on a cluster.
 
     sinks = Sinks(run, folder, first_step, on_event)
     sinks.event({"kind": "step", "step": 10, "loss": 1.2, …})
@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 from ftray.config import Run
 from ftray.redact import redact
+from ftray.session import in_a_job
+from ftray.train.gauges import Gauges
 from ftray.train.trackers import MLflow, Point, TensorBoard, WandB
 
 Event = dict[str, Any]
@@ -35,6 +37,7 @@ _STEP_METRICS = {
     "target_tokens_per_second": "speed/target_tokens_per_second",
     "seconds": "speed/step_seconds",
     "epoch": "train/epoch",
+    "skipped": "train/skipped_steps",
 }
 _EVALUATION_METRICS = {"loss": "held_out/loss", "perplexity": "held_out/perplexity"}
 for _name in ("margin", "accuracy", "chosen_reward", "rejected_reward"):  # of preferences
@@ -167,4 +170,6 @@ def _sinks_of(run: Run, folder: str, first_step: int) -> list[Sink]:
         sinks.append(MLflow(run, folder))
     if run.logging.wandb:
         sinks.append(WandB(run, folder))
+    if in_a_job():
+        sinks.append(Gauges(run.name))
     return sinks
