@@ -59,10 +59,10 @@ def address_of(given: str | None, environment: Mapping[str, str]) -> str:
     of_the_driver = environment.get("RAY_ADDRESS", "")
     if not address and of_the_driver.startswith(("http://", "https://")):
         address = of_the_driver
-    address = (address or f"http://127.0.0.1:{DASHBOARD_PORT}").rstrip("/")
+    address = address or f"http://127.0.0.1:{DASHBOARD_PORT}"
     if "://" not in address:
         address = f"http://{address}"
-    parts = urlsplit(address)
+    parts = urlsplit(address := address.rstrip("/") if address.strip("/:") not in ("http", "https") else address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
             "the job server is asked over HTTP, and this is no such address",
