@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -35,7 +36,7 @@ def ray_session(*, verbose: bool = False, cpus: int | None = None) -> Iterator[N
     options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
-        "runtime_env": {"env_vars": worker_environment(os.environ, verbose)},
+        "runtime_env": {"env_vars": beside_the_job(worker_environment(os.environ, verbose), os.environ)},
     }
     if in_a_job():
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **options)
@@ -73,11 +74,19 @@ def worker_environment(environment: Mapping[str, str], verbose: bool) -> dict[st
     passed = {
         name: value
         for name, value in environment.items()
-        if name.startswith(("RAY_TRAIN_", "RAY_DATA_", "FTRAY_", "HF_", "GLOO_", "NCCL_")) and not _SECRET.search(name)
+        if name.startswith(("RAY_TRAIN_", "RAY_DATA_", "FTRAY_", "HF_", "GLOO_", "NCCL_")) and not names_a_secret(name)
     }
     quiet = {} if verbose else {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     allocator = {name: environment.get(name, value) for name, value in ALLOCATOR.items()}
     return passed | {"TOKENIZERS_PARALLELISM": "false"} | allocator | quiet
+
+
+def beside_the_job(variables: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    """`variables` without those that the job's own runtime environment sets: its workers have them already, and Ray
+    refuses a variable that stands in both."""
+    given = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    of_the_job = ((given.get("runtime_env") or {}).get("env_vars") or {}).keys()
+    return {name: value for name, value in variables.items() if name not in of_the_job}
 
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
@@ -121,6 +130,11 @@ _HELPERS = tuple(
 
 
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether a variable of this name may hold a secret."""
+    return _SECRET.search(name) is not None
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = [
     {"errors", "config", "manifest", "session", "redact", "embedded", ""},
-    {"data", "model"},
+    {"data", "model", "jobs"},
     {"registry"},
     {"engine", "train"},
     {"tune", "evaluate"},
