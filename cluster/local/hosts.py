@@ -47,6 +47,8 @@ HEAD, CLIENT, SWITCH = "head", "client", "switch"
 
 def main() -> None:
     arguments = parse()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has started this in the background
+        signal.signal(number, lambda *_: sys.exit("hosts.py: stopped"))
     cluster = Cluster(arguments.name)
     try:
         arguments.call(cluster, arguments)
