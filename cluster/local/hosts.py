@@ -429,7 +429,8 @@ def alive_nodes(cluster: Cluster) -> list[str] | None:
             nodes = json.load(answer)["data"]["summary"]
     except (OSError, ValueError, KeyError, TypeError):  # not there yet, or not ready to answer
         return None
-    return [node["ip"] for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"]
+    raylets = [node.get("raylet", {}) for node in nodes]
+    return [raylet["nodeManagerAddress"] for raylet in raylets if raylet.get("state") == "ALIVE"]
 
 
 def write_token(path: Path) -> None:
@@ -487,7 +488,8 @@ def show(cluster: Cluster, *, as_json: bool = False) -> None:
         cable = "in" if "UP" in links[host]["flags"] else "cut"
         rows.append({"host": host, "address": address, "cable": cable, "processes": processes, "ray": ray})
     if as_json:
-        print(json.dumps({"name": cluster.name, "hosts": rows, "dashboard": cluster.dashboard}))
+        facts = {"name": cluster.name, "folder": str(cluster.folder), "token": str(cluster.token)}
+        print(json.dumps(facts | {"dashboard": cluster.dashboard, "hosts": rows}))
         return
     print(f"{'host':10}{'address':16}{'cable':7}{'processes':11}ray")
     for row in rows:
