@@ -15,10 +15,10 @@ pytestmark = [pytest.mark.hosts, pytest.mark.root, pytest.mark.timeout(1800)]
 RAY = Path(sys.executable).parent / "ray"
 
 
-def submit(hosts: Hosts, *command: str, without: tuple[str, ...] = (), **environment: str):
-    bare = ["env", *(part for name in without for part in ("-u", name))]
-    line = [*bare, str(RAY), "job", "submit", "--address", f"http://{hosts.addresses['head']}:8265", "--", *command]
-    return hosts.run("client", *line, **environment)
+def submit(hosts: Hosts, *command: str, own: tuple[str, ...] = ()):
+    """`ray job submit` from the client; `own` are arguments of `env` for the submitting program alone."""
+    line = ["env", *own, str(RAY), "job", "submit", "--address", f"http://{hosts.addresses['head']}:8265"]
+    return hosts.run("client", *line, "--", *command)
 
 
 def test_a_job_from_elsewhere_trains_with_the_token(hosts: Hosts, tmp_path: Path) -> None:
@@ -35,14 +35,11 @@ def test_a_job_from_elsewhere_trains_with_the_token(hosts: Hosts, tmp_path: Path
 
 
 def test_a_job_without_the_token_is_refused(hosts: Hosts, tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    touch = ["touch", str(mark)]
-    nobody = {"HOME": str(tmp_path)}  # where no token lies either
-    bare = submit(hosts, *touch, without=("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"), **nobody)
-    wrong = tmp_path / "token"
+    mark, wrong = tmp_path / "mark", tmp_path / "token"
     wrong.write_text("0" * 64)
-    other = submit(hosts, "env", f"RAY_AUTH_TOKEN_PATH={wrong}", *touch, without=("RAY_AUTH_TOKEN_PATH",), **nobody)
-    for done in (bare, other):
+    bare = ["-u", "RAY_AUTH_MODE", "-u", "RAY_AUTH_TOKEN_PATH", f"HOME={tmp_path}"]  # where no token lies either
+    for own in (bare, [f"RAY_AUTH_TOKEN_PATH={wrong}"]):
+        done = submit(hosts, "touch", str(mark), own=tuple(own))
         assert done.returncode != 0
         assert "token" in (done.stdout + done.stderr).lower(), done.stderr[-2000:]
     assert not mark.exists()
