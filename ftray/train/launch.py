@@ -206,14 +206,6 @@ def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
                 where="workers",
                 hint="lower workers.count, or what each worker asks for",
             )
-    places = nodes.places_for(resources, [node["Resources"] for node in nodes.working_nodes()])
-    if places < run.workers.count:
-        each = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
-        raise RunError(
-            f"{run.workers.count} workers of {each} each: the cluster's nodes have places for {places}",
-            where="workers",
-            hint="a worker has all it asks for from one node: lower what each asks for, or workers.count",
-        )
     return resources, gpus > 0
 
 

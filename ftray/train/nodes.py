@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -73,11 +72,3 @@ def _not_seen(places: dict[str, str]) -> tuple[str, dict[str, str]]:
         except Exception as error:  # noqa: BLE001 - whatever a store raises, it is told
             missing[key] = f"{type(error).__name__}: {error}"
     return socket.gethostname(), missing
-
-
-def places_for(resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
-    """Workers with these resources that find a place: one cannot lie across two nodes. `nodes`: what each has."""
-    wanted = {name: each for name, each in resources.items() if each > 0}
-    return sum(
-        min((math.floor(node.get(name, 0) / each + 1e-9) for name, each in wanted.items()), default=0) for node in nodes
-    )

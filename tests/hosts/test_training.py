@@ -82,10 +82,3 @@ def test_a_folder_that_the_other_host_does_not_see_is_refused(hosts: Hosts, tmp_
     assert done.returncode == 3, done.stderr[-3000:]
     assert f"output {private}: worker1 does not see this folder as it is here" in done.stderr
     assert "that all nodes mount under one path" in done.stderr
-
-
-def test_a_worker_that_no_single_host_has_room_for_is_refused(hosts: Hosts, tmp_path: Path) -> None:
-    line = command(tmp_path, "large", *RUNS["qlora"], "workers.count=1", "workers.cpus=3")
-    done = hosts.ftray("head", *line)
-    assert done.returncode == 3, done.stderr[-3000:]
-    assert "1 workers of 3 CPU each: the cluster's nodes have places for 0" in done.stderr

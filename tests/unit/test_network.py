@@ -7,7 +7,6 @@ import pytest
 from ftray.errors import RunError
 from ftray.train import network
 from ftray.train.network import Link, find_link
-from ftray.train.nodes import places_for
 
 INTERFACES = {
     "lo": ["127.0.0.1", "::1"],
@@ -107,16 +106,3 @@ def test_a_variable_is_set_only_where_the_user_has_not(monkeypatch: pytest.Monke
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "docker0")
     network.tell_library("gloo", mine, several_nodes=True)
     assert network.os.environ["GLOO_SOCKET_IFNAME"] == "docker0"
-
-
-@pytest.mark.parametrize(
-    ("resources", "nodes", "places"),
-    [
-        ({"CPU": 3.0}, [{"CPU": 4.0}, {"CPU": 2.0}], 1),
-        ({"CPU": 1.0, "GPU": 1.0}, [{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}], 2),
-        ({"CPU": 0.5}, [{"CPU": 2.0}, {"CPU": 1.0}], 6),
-        ({"CPU": 0.1}, [{"CPU": 0.3}], 3),
-    ],
-)
-def test_a_worker_has_its_place_on_one_node(resources: dict, nodes: list[dict], places: int) -> None:
-    assert places_for(resources, nodes) == places
