@@ -192,25 +192,19 @@ def main() -> None:
 def report(given: argparse.Namespace, rounds: list[dict[str, float]]) -> None:
     found = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
     ratios = {key: statistics.median(r[key] / (2 * r["one"]) for r in rounds) for key in ("two", "apart")}
-    print(
-        f"QLoRA on {given.base}, rank {given.rank}, {given.rows} rows a step, {given.steps} steps, one thread a worker"
-    )
-    print("| what | tokens/s | of 2 × one |")
-    print("|---|---:|---:|")
-    print(f"| one worker | {found['one']:,.0f} | 0.50 |")
-    print(f"| two workers on two hosts | {found['two']:,.0f} | {ratios['two']:.2f} (mark {MARK}) |")
-    print(f"| two runs apart, one a host | {found['apart']:,.0f} | {ratios['apart']:.2f} |")
-    print(f"\nadapter in fp32: {found['adapter'] / 2**20:.2f} MiB; sent by each host in a step: ", end="")
-    print(
-        f"{found['bytes'] / 2**20:.2f} MiB, {found['bytes'] / found['adapter']:.2f} of it, in {found['step_seconds']:.2f} s"
-    )
     machine, network = 1 - ratios["apart"], ratios["apart"] - ratios["two"]
+    mib = {key: found[key] / 2**20 for key in ("adapter", "bytes")}
     print(
-        f"of what is missing to 2 × one: {machine:.2f} is the machine's, which two processes share (they ran at the ",
-        end="",
-    )
-    print(
-        f"same time for {found['overlap']:.0%} of their steps); {network:.2f} the network's, and waiting for the other"
+        f"QLoRA on {given.base}, rank {given.rank}, {given.rows} rows a step, {given.steps} steps, one thread a worker\n\n"
+        "| what | tokens/s | of 2 × one |\n"
+        "|---|---:|---:|\n"
+        f"| one worker | {found['one']:,.0f} | 0.50 |\n"
+        f"| two workers on two hosts | {found['two']:,.0f} | {ratios['two']:.2f} (mark {MARK}) |\n"
+        f"| two runs apart, one a host | {found['apart']:,.0f} | {ratios['apart']:.2f} |\n\n"
+        f"adapter in fp32: {mib['adapter']:.2f} MiB; sent by a host in a step of {found['step_seconds']:.2f} s:"
+        f" {mib['bytes']:.2f} MiB, {mib['bytes'] / mib['adapter']:.2f} of it\n"
+        f"of what is missing to 2 × one, {machine:.2f} is the machine's, which two processes share (the runs apart"
+        f" overlapped for {found['overlap']:.0%} of their steps), {network:.2f} the network's and waiting for each other"
     )
 
 
