@@ -195,7 +195,7 @@ def report(given: argparse.Namespace, rounds: list[dict[str, float]]) -> None:
     machine, network = 1 - ratios["apart"], ratios["apart"] - ratios["two"]
     mib = {key: found[key] / 2**20 for key in ("adapter", "bytes")}
     print(
-        f"QLoRA on {given.base}, rank {given.rank}, {given.rows} rows a step, {given.steps} steps, one thread a worker\n\n"
+        f"QLoRA on {given.base}, rank {given.rank}, {given.rows} rows a step, one thread a worker\n\n"
         "| what | tokens/s | of 2 × one |\n"
         "|---|---:|---:|\n"
         f"| one worker | {found['one']:,.0f} | 0.50 |\n"
@@ -204,7 +204,7 @@ def report(given: argparse.Namespace, rounds: list[dict[str, float]]) -> None:
         f"adapter in fp32: {mib['adapter']:.2f} MiB; sent by a host in a step of {found['step_seconds']:.2f} s:"
         f" {mib['bytes']:.2f} MiB, {mib['bytes'] / mib['adapter']:.2f} of it\n"
         f"of what is missing to 2 × one, {machine:.2f} is the machine's, which two processes share (the runs apart"
-        f" overlapped for {found['overlap']:.0%} of their steps), {network:.2f} the network's and waiting for each other"
+        f" overlapped for {found['overlap']:.0%} of their steps), {network:.2f} the network's and the waiting's"
     )
 
 
