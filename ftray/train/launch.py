@@ -22,7 +22,7 @@ from ftray.data.prepare import make_plan, prepare
 from ftray.errors import FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
 from ftray.session import cause_of, in_a_job, ray_session, stand_aside
-from ftray.train import commits, native
+from ftray.train import commits, native, nodes
 from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
 
@@ -53,6 +53,7 @@ def train(
         if committed := commits.newest_identity(run.folder):
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())
+        nodes.refuse_unshared({"output": run.folder, "data.cache": run.data.cache or run.folder})
         data_uri = prepare(run, _until(stop, on_event, run.folder))
         _compile_on_nodes(run, on_event)
         _until(stop, on_event, run.folder)({"kind": "status", "text": f"starting {workers_in_words(run)}"})
@@ -118,27 +119,13 @@ def _compile_on_nodes(run: Run, on_event: Emit) -> None:
     names = native.parts(run)
     if not names:
         return
-    import ray
-    from ray.exceptions import RayTaskError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+    here = nodes.working_nodes()
     if gpus_of_a_worker(run):
-        gpu_nodes = {node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU")}
-        here = [place for place in here if place.node_id in gpu_nodes]
-
-    def on_each(function: Callable[[Any], Any], argument: Any) -> list[Any]:
-        task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
-        try:
-            return ray.get([task.options(scheduling_strategy=place).remote(argument) for place in here])
-        except RayTaskError as error:
-            cause = cause_of(error)
-            raise cause if isinstance(cause, FtrayError) else error from None
-
-    on_each(native.refuse_nvme, run)
-    if any(on_each(native.missing, names)):
+        here = [node for node in here if node["Resources"].get("GPU")]
+    nodes.on_each(here, native.refuse_nvme, run)
+    if any(nodes.on_each(here, native.missing, names)):
         on_event({"kind": "status", "text": _COMPILING[names[-1]]})
-        on_each(native.compile_parts, names)
+        nodes.on_each(here, native.compile_parts, names)
 
 
 _COMPILING = {
@@ -160,7 +147,9 @@ def _fit(
 ) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from ftray.train.group import GroupConfig
 
     board: Any = ray.remote(num_cpus=0, max_restarts=0)(Board).remote()  # type: ignore[attr-defined]
     resources, use_gpu = worker_resources(run)
@@ -177,7 +166,7 @@ def _fit(
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=run.workers.retries),
             ),
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            torch_config=GroupConfig(backend="nccl" if use_gpu else "gloo", board=board),
         )
         failure: Exception | None = None
         with _relay(board, on_event, stop, released or (lambda: 0)), _silent(not verbose):
@@ -190,6 +179,9 @@ def _fit(
     if outcome["error"] is not None:
         raise outcome["error"]
     if outcome["summary"] is None:
+        before = getattr(failure, "controller_failure", None)  # what stopped the group before it was one
+        if before is not None and isinstance(cause := cause_of(before), FtrayError):
+            raise cause
         raise _cause(failure, outcome["crashes"], run)
     return outcome["summary"]
 

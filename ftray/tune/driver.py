@@ -24,6 +24,7 @@ from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.manifest import filesystem, join, read_text, write_text
 from ftray.session import ray_session
 from ftray.train.identity import differences, identity
+from ftray.train.nodes import refuse_unshared, working_nodes
 from ftray.tune.ledger import Ledger, Trial
 from ftray.tune.outcome import outcome, shown
 from ftray.tune.plans import Kind, Planned, Plans
@@ -58,6 +59,7 @@ def search(spec: Search, *, on_event: Emit, stop: threading.Event, verbose: bool
     on_event({"kind": "search", "total": hunt.total, "metric": spec.metric, "mode": spec.modes, "trials": known})
     with ray_session(verbose=verbose, cpus=local_cpus(spec)):
         if not hunt.is_over():
+            refuse_unshared({"output": spec.folder})
             hunt.prepare_ahead()
             _tune(hunt, verbose)
     found = outcome(spec, ledger, budget_spent=hunt.budget_spent())
@@ -409,17 +411,46 @@ def _ordinary(runs: list[Run], free: dict[str, float], verbose: bool) -> Any:
 
 
 def _hosts(free: dict[str, float]) -> list[Any]:
-    """Workers that hold a base: one for each GPU that is free, else one with all free CPUs."""
+    """Workers that hold a base: one for each GPU that is free, else one a node with its free CPUs."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from ftray.tune.host import Host
 
-    def start(cpus: float, gpus: float) -> Any:
-        return _actor(Host, num_cpus=cpus, num_gpus=gpus, max_restarts=_RESTARTS).remote(max(1, int(cpus)))
+    def start(node: str, cpus: float, gpus: float) -> Any:
+        place = NodeAffinitySchedulingStrategy(node, soft=True)  # it starts elsewhere if its node is lost
+        host = _actor(Host, num_cpus=cpus, num_gpus=gpus, max_restarts=_RESTARTS, scheduling_strategy=place)
+        return host.remote(max(1, int(cpus)), os.getcwd())
 
-    gpus = int(free["GPU"])
-    if gpus:
-        return [start(max(1.0, free["CPU"] // gpus), 1) for _ in range(gpus)]
-    return [start(free["CPU"], 0)]
+    found = []
+    for node, cpus, gpus in divided(_free_of_nodes(), free):
+        each = max(1.0, cpus // gpus) if gpus else cpus
+        found += [start(node, each, float(bool(gpus))) for _ in range(gpus or 1)]
+    return found
+
+
+def _free_of_nodes() -> dict[str, dict[str, float]]:
+    """What each living node has that no other job holds, by its id."""
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return {node["NodeID"]: free.get(node["NodeID"], {}) for node in working_nodes()}
+
+
+def divided(nodes: dict[str, dict[str, float]], free: dict[str, float]) -> list[tuple[str, float, int]]:
+    """(node, CPUs, GPUs) for workers that hold a base: what the nodes have, no more than `free` in all, the largest
+    first. Where there are GPUs, nodes without take no part; a node takes part with one CPU at least."""
+    cpus, gpus, found = free["CPU"], int(free["GPU"]), list[tuple[str, float, int]]()
+    with_gpus = gpus > 0
+    for node, has in sorted(
+        nodes.items(), key=lambda item: (item[1].get("GPU", 0), item[1].get("CPU", 0)), reverse=True
+    ):
+        own_cpus, own_gpus = min(cpus, has.get("CPU", 0.0)), min(gpus, int(has.get("GPU", 0)))
+        if own_cpus < 1 or (with_gpus and not own_gpus):
+            continue
+        own_gpus = min(own_gpus, int(own_cpus))  # each needs a CPU
+        found.append((node, own_cpus, own_gpus))
+        cpus, gpus = cpus - own_cpus, gpus - own_gpus
+    return found
 
 
 def _actor(kind: type, **options: Any) -> Any:

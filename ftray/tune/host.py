@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import threading
 import traceback
@@ -84,11 +85,13 @@ class _Guest:
 
 
 class Host:
-    """The actor. Its base is that of the first run that joins."""
+    """The actor. Its base is that of the first run that joins. `folder`: the user's, where paths begin."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, folder: str = ".") -> None:
         import torch
 
+        if os.path.isdir(folder):
+            os.chdir(folder)
         torch.set_num_threads(max(1, threads))
         self._lock = threading.Lock()
         self._base: Any = None

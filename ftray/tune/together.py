@@ -142,7 +142,7 @@ def _host(run: Run) -> Iterator[Any]:
     threads = int(run.workers.cpus or os.cpu_count() or 1)
     # No CPUs are reserved on a local Ray, where nothing else runs: rows are still prepared there.
     actor: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(Host)
-    host = actor.options(max_concurrency=1000).remote(threads)
+    host = actor.options(max_concurrency=1000).remote(threads, os.getcwd())
     try:
         yield host
     finally:

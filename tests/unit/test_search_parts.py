@@ -298,3 +298,18 @@ def test_rows_are_prepared_before_trials_hold_all_cpus(tmp_path, monkeypatch, sa
     hunt.prepare_ahead()
     assert prepared
     assert {str(data) for data in prepared} == {str(search.run_of({}, 0).data)}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "free", "found"),
+    [
+        ({"a": {"CPU": 2.0}, "b": {"CPU": 4.0}}, {"CPU": 6.0, "GPU": 0.0}, [("b", 4.0, 0), ("a", 2.0, 0)]),
+        ({"a": {"CPU": 2.0}, "b": {"CPU": 4.0}}, {"CPU": 5.0, "GPU": 0.0}, [("b", 4.0, 0), ("a", 1.0, 0)]),
+        ({"head": {}, "a": {"CPU": 2.0}}, {"CPU": 2.0, "GPU": 0.0}, [("a", 2.0, 0)]),
+        ({"a": {"CPU": 8.0}, "b": {"CPU": 4.0, "GPU": 2.0}}, {"CPU": 12.0, "GPU": 2.0}, [("b", 4.0, 2)]),
+    ],
+)
+def test_each_node_has_workers_with_a_base_of_its_own(nodes, free, found) -> None:
+    from ftray.tune.driver import divided
+
+    assert divided(nodes, free) == found

@@ -1,0 +1,107 @@
+"""An endpoint with one replica a host: either host's proxy answers, for any replica."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from serve.tenants import new_key
+from tests.hosts.conftest import Hosts
+from tests.ray.runs import wait_for
+
+pytestmark = [pytest.mark.hosts, pytest.mark.root, pytest.mark.timeout(2400)]
+PORT = 8000
+READY_SECONDS = 900
+RAY_SERVE = Path(sys.executable).parent / "serve"
+BODY = {"model": "base", "messages": [{"role": "user", "content": "Which cheese?"}], "max_tokens": 8, "temperature": 0}
+
+
+def write_files(folder: Path) -> tuple[Path, str]:
+    """(a SERVE.yaml, a key)"""
+    key, digest = new_key()
+    tenants = folder / "tenants.yaml"
+    tenants.write_text(yaml.safe_dump({"tenants": {"anna": {"keys": [{"sha256": digest}]}}}))
+    args: dict[str, Any] = {
+        "model": {"path": "embedded"},
+        "tenants": str(tenants),
+        "engine": {"slots": 4},
+        "cache": {"folder": str(folder / "cache")},
+        "replicas": {"min": 2, "max": 2, "cpus": 2, "threads": 1, "gpus": 0, "drain_seconds": 5},
+    }
+    file = folder / "serve.yaml"
+    application = {"name": "ftray", "import_path": "serve.app:build", "args": args}
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "http_options": {"host": "0.0.0.0", "port": PORT},
+                "proxy_location": "EveryNode",
+                "applications": [application],
+            }
+        )
+    )
+    return file, key
+
+
+@pytest.fixture(params=["ftray serve", "serve deploy"])
+def endpoint(request: pytest.FixtureRequest, hosts: Hosts, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """(how it was deployed, a key)"""
+    file, key = write_files(tmp_path)
+    try:
+        if request.param == "ftray serve":
+            done = hosts.ftray("head", "serve", str(file))
+        else:
+            done = hosts.run("client", str(RAY_SERVE), "deploy", str(file))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        yield request.param, key
+    finally:
+        hosts.run("client", str(RAY_SERVE), "shutdown", "-y")
+        wait_for(lambda: not engines(hosts), 300, every=1)
+
+
+def engines(hosts: Hosts) -> list[str]:
+    """Hosts of the engine's replicas."""
+    return [host for host in ("head", "worker1") for _ in hosts.named(host, "ServeReplica:ftray:Engine")]
+
+
+def ask(url: str, key: str) -> httpx.Response:
+    return httpx.post(
+        f"{url}/v1/chat/completions",
+        json=BODY,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=120,
+        trust_env=False,
+    )
+
+
+def test_either_hosts_proxy_answers(hosts: Hosts, endpoint: tuple[str, str]) -> None:
+    _, key = endpoint
+    texts = set()
+    for host in ("head", "worker1"):
+        url = f"http://{hosts.addresses[host]}:{PORT}"
+
+        def answered(url: str = url) -> httpx.Response | None:
+            try:
+                response = ask(url, key)
+            except httpx.TransportError:  # the proxy is not there yet
+                return None
+            return response if response.status_code == 200 else None
+
+        response = wait_for(answered, READY_SECONDS, every=1)
+        assert response, host
+        for _ in range(4):
+            texts.add(ask(url, key).json()["choices"][0]["message"]["content"])
+        assert ask(url, "ftray-nobody").status_code == 401
+    assert len(texts) == 1, texts
+    assert sorted(engines(hosts)) == ["head", "worker1"]
+    busy = {host: hosts.named(host, "ServeReplica:ftray:Engine")[0].cpu_times().user for host in ("head", "worker1")}
+    for _ in range(12):
+        assert ask(f"http://{hosts.addresses['head']}:{PORT}", key).status_code == 200
+    time.sleep(0.5)
+    assert all(hosts.named(h, "ServeReplica:ftray:Engine")[0].cpu_times().user > before for h, before in busy.items())
