@@ -23,11 +23,11 @@ from ftray.data.prepared import PreparedData
 from ftray.data.tokenizer import load_tokenizer, local_model_folder
 from ftray.errors import ArtefactError
 from ftray.manifest import describe_files, filesystem, is_local, join
-from ftray.storage import reached
 from ftray.model import bottleneck
 from ftray.model.load import DTYPES, base_digest
 from ftray.model.methods import load_trained_state
 from ftray.redact import redact_values
+from ftray.storage import reached
 from ftray.train.card import model_card
 from ftray.train.commits import write_shards
 

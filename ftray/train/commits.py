@@ -101,8 +101,6 @@ class Commit:
     state: State
     identity: dict[str, Any] = field(default_factory=dict)
     """What must not change between a run's parts; see `ftray.train.identity`."""
-    copy: tempfile.TemporaryDirectory[str] | None = None
-    """Holds what was fetched from an object store, as long as the commit is held."""
 
 
 def name_of(step: int) -> str:
@@ -205,14 +203,15 @@ SHARD_BYTES = 1 << 30
 """A file of tensors is at most this large, unless one tensor alone is larger."""
 
 
-def read_shards(files: Iterable[Path]) -> Mapping[str, Tensor]:
-    """The tensors of safetensors files, each read when it is asked for. Raises SafetensorError, OSError."""
+def read_shards(files: Iterable[Path], copy: Any = None) -> Mapping[str, Tensor]:
+    """The tensors of safetensors files, each read when it is asked for. `copy` is what keeps the files there, as long as
+    the tensors may be asked for. Raises SafetensorError, OSError."""
     where: dict[str, Path] = {}
     for path in sorted(files):
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)
 
-    def get(name: str) -> Tensor:
+    def get(name: str, _copy: Any = copy) -> Tensor:
         with safe_open(where[name], "pt") as file:
             return file.get_tensor(name)
 
@@ -292,12 +291,11 @@ def read(where: str) -> Commit:
         return Commit(
             progress=Progress(**state["progress"]),
             state=State(
-                model=read_shards(root.glob("model*.safetensors")),
-                optimizer=read_shards(root.glob("optimizer*.safetensors")),
+                model=read_shards(root.glob("model*.safetensors"), copy),
+                optimizer=read_shards(root.glob("optimizer*.safetensors"), copy),
                 plain=state["optimizer"],
             ),
             identity=state["identity"],
-            copy=copy,
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"it verifies but cannot be read: {error}", where=where) from None

@@ -38,6 +38,7 @@ from ftray.train.commits import Commit, Progress
 from ftray.train.dpo import PreferenceLoss
 from ftray.train.feed import Feed, StepRows
 from ftray.train.identity import identity, refuse_other_run
+from ftray.train.lease import lease
 from ftray.train.loss import TargetLoss
 from ftray.train.metrics import MetricsLog
 from ftray.train.schedule import rate_factor
@@ -92,7 +93,7 @@ def train_worker(
     base that it shares; None: a model of its own. Raises RunError when too many steps in a row had no finite loss,
     UserError for what the user can mend.
     """
-    with reached(run.folder, lasting=True):
+    with reached(run.folder, lasting=True), lease(run.folder) if world.is_first else contextlib.nullcontext():
         worker = _Worker(run, data, world, channel, equip or _alone)
         worker.resume()
         if restarts:
