@@ -19,7 +19,7 @@ from ftray.errors import ConfigError, FtrayError, RunError
 from ftray.redact import redact
 
 _ON = "the same command goes on from the last commit"
-_FULL = re.compile(r"StorageFull|QuotaExceeded|InsufficientStorage|Insufficient Storage|\b507\b|No space left", re.I)
+_FULL = re.compile(r"StorageFull|QuotaExceeded|InsufficientStorage|Insufficient Storage|\(507\)|No space left", re.I)
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist", re.I)
 _NO_ANSWER = (ConnectionError, TimeoutError)
 _NO_ANSWER_NAMES = {
@@ -35,7 +35,7 @@ _NO_CREDENTIALS_NAMES = {
     "TokenRetrievalError",
 }
 _FOR_A_WHILE = re.compile(
-    r"SlowDown|reduce your request rate|ServiceUnavailable|InternalError|\b50[0234]\b|Throttl", re.I
+    r"SlowDown|reduce your request rate|ServiceUnavailable|InternalError|\(50[0234]\)|Throttl", re.I
 )
 _FOR_A_WHILE_NUMBERS = {errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENETDOWN}
 _DRIVERS = {"fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "adlfs", "azure", "safetensors"}
@@ -72,7 +72,7 @@ def explained(error: BaseException, where: str | Path | None = None) -> FtrayErr
     name = next((e.filename for e in chain if isinstance(e, OSError) and isinstance(e.filename, str)), None)
     place = place or name
     text = _shortened(error)
-    if any(_is(e, {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or _FULL.search(str(e)) for e in chain):
+    if any(_is(e, {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or _says(e, _FULL) for e in chain):
         beside = f" (while writing {redact(name)})" if name and name != place else ""
         return RunError(
             f"no space is left{beside}: {text}", where=place, hint=f"make room, or raise the quota; then {_ON}"
@@ -102,9 +102,7 @@ def explained(error: BaseException, where: str | Path | None = None) -> FtrayErr
             where=place,
             hint=f"check the network and AWS_ENDPOINT_URL, or your store's like; {_ON}",
         )
-    if any(_FOR_A_WHILE.search(str(e)) for e in chain if not isinstance(e, FileNotFoundError)) or any(
-        _is(e, _FOR_A_WHILE_NUMBERS) for e in chain
-    ):
+    if any(_is(e, _FOR_A_WHILE_NUMBERS) or _says(e, _FOR_A_WHILE) for e in chain):
         return StoreSilent(f"the store failed again and again: {text}", where=place, hint=f"later {_ON}")
     return None
 
@@ -127,6 +125,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _of_a_store(error: BaseException) -> bool:
     return isinstance(error, OSError | ImportError) or type(error).__module__.split(".")[0] in _DRIVERS
+
+
+def _says(error: BaseException, pattern: re.Pattern[str]) -> bool:
+    """Of a file that is not there only the name is said, which may hold anything."""
+    return not isinstance(error, FileNotFoundError) and pattern.search(str(error)) is not None
 
 
 def _is(error: BaseException, numbers: set[int]) -> bool:

@@ -204,8 +204,8 @@ SHARD_BYTES = 1 << 30
 
 
 def read_shards(files: Iterable[Path], copy: Any = None) -> Mapping[str, Tensor]:
-    """The tensors of safetensors files, each read when it is asked for. `copy` is what keeps the files there, as long as
-    the tensors may be asked for. Raises SafetensorError, OSError."""
+    """The tensors of safetensors files, each read when it is asked for; `copy` keeps the files there as long as they
+    may be. Raises SafetensorError, OSError."""
     where: dict[str, Path] = {}
     for path in sorted(files):
         with safe_open(path, "pt") as file:

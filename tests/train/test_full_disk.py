@@ -42,7 +42,7 @@ def disk(tmp_path):
     if done.returncode:
         pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
     yield path
-    subprocess.run(["umount", str(path)], check=True)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # an error's traceback may hold a file open
 
 
 def fill(disk: Path, left: int) -> Path:

@@ -151,9 +151,19 @@ def test_a_store_that_takes_no_more_ends_the_run_with_a_reason(store, unbroken, 
     assert_as(unbroken, folder)
 
 
-def test_a_store_that_falls_silent_is_waited_for(store, unbroken, monkeypatch):
-    monkeypatch.setattr(writer, "_PAUSES", (0.1, 0.1, 0.1))
-    folder, left = f"s3://{BUCKET}/silent", iter(["503 SlowDown"] * 8)
+@pytest.fixture
+def hasty(store, monkeypatch):
+    """A driver that asks once."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
+    monkeypatch.setattr(writer, "_PAUSES", (0.1, 0.1))
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield store
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_a_store_that_falls_silent_is_waited_for(hasty, unbroken):
+    store, folder, left = hasty, f"s3://{BUCKET}/silent", iter(["503 SlowDown", "drop"])
 
     def answer(environ):
         return (
@@ -166,9 +176,8 @@ def test_a_store_that_falls_silent_is_waited_for(store, unbroken, monkeypatch):
     assert_as(unbroken, folder)
 
 
-def test_a_store_that_stays_silent_ends_the_run(store, unbroken, monkeypatch):
-    monkeypatch.setattr(writer, "_PAUSES", (0.1,))
-    folder = f"s3://{BUCKET}/dead"
+def test_a_store_that_stays_silent_ends_the_run(hasty, unbroken):
+    store, folder = hasty, f"s3://{BUCKET}/dead"
     with store.fault(refusing("drop", "step-00000004")), pytest.raises(RunError, match="does not answer"):
         trained(toy_run(folder, *STEPS))
     _, summary = trained(toy_run(folder, *STEPS))
@@ -182,16 +191,13 @@ def test_a_bucket_that_is_not_there_is_named_and_not_made(store):
     assert "misspelled" not in [bucket["Name"] for bucket in store.client().list_buckets()["Buckets"]]
 
 
-def test_nobody_answers(store, monkeypatch):
+def test_nobody_answers(hasty, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        fsspec.filesystem("s3").clear_instance_cache()
         with pytest.raises(RunError, match="does not answer") as raised:
             commits.steps_of(f"s3://{BUCKET}/anything")
     assert "AWS_ENDPOINT_URL" in raised.value.hint
-    fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_credentials_that_are_missing_are_asked_for(store, monkeypatch, tmp_path):
