@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import ArtefactError
+from ftray.storage import make_folder, reached
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
 
 
 def filesystem(uri: str | Path) -> tuple[Any, str]:
-    """(fsspec filesystem, path on it) of a URI or a plain path; local paths become absolute."""
+    """(fsspec filesystem, path on it) of a URI or a plain path; local paths become absolute. Raises ConfigError where
+    no driver of such a URI is installed."""
     text = os.fspath(uri)
     if is_local(text):
         from fsspec.implementations.local import LocalFileSystem
@@ -31,7 +33,8 @@ def filesystem(uri: str | Path) -> tuple[Any, str]:
         return LocalFileSystem(auto_mkdir=False), os.path.abspath(text.removeprefix("file://"))
     import fsspec
 
-    return fsspec.core.url_to_fs(text)
+    with reached(text):
+        return fsspec.core.url_to_fs(text, use_listings_cache=False)  # others write to the store too
 
 
 def is_local(uri: str | Path) -> bool:
@@ -72,21 +75,21 @@ def atomic_write(path: str | Path) -> Iterator[Any]:
 
 def write_text(uri: str | Path, text: str) -> None:
     """Write a small file whole: atomically on a local disk; an object store's put is atomic by itself."""
-    if is_local(uri):
-        with atomic_write(filesystem(uri)[1]) as file:
-            file.write(text.encode("utf-8"))
-    else:
-        fs, path = filesystem(uri)
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        with fs.open(path, "wb") as file:
-            file.write(text.encode("utf-8"))
+    fs, path = filesystem(uri)
+    with reached(uri):
+        if is_local(uri):
+            with atomic_write(path) as file:
+                file.write(text.encode("utf-8"))
+        else:
+            make_folder(fs, path.rsplit("/", 1)[0])
+            fs.pipe_file(path, text.encode("utf-8"))
 
 
 def read_text(uri: str | Path) -> str:
     """Raises FileNotFoundError."""
     fs, path = filesystem(uri)
-    with fs.open(path, "rb") as file:
-        return file.read().decode("utf-8")
+    with reached(uri):
+        return bytes(fs.cat_file(path)).decode("utf-8")
 
 
 def describe_files(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -126,21 +129,33 @@ def verify(folder: str | Path) -> dict[str, Any]:
     manifest = read_manifest(where)
     if manifest is None:
         raise ArtefactError("no manifest: it was never completed", where=where)
-    fs, root = filesystem(where)
-    for name, expected in manifest["files"].items():
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ArtefactError(f"the manifest names a file outside its folder: {name!r}", where=where)
-        path = f"{root}/{name}"
-        try:
-            size = fs.size(path)
-        except FileNotFoundError:
-            raise ArtefactError(f"{name} is missing", where=where) from None
-        if size != expected["size"]:
-            raise ArtefactError(f"{name} has {size:,} bytes, the manifest says {expected['size']:,}", where=where)
-        digest = hashlib.sha256()
-        with fs.open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != expected["sha256"]:
-            raise ArtefactError(f"{name} has other content than the manifest says (SHA-256 differs)", where=where)
+    for what in wrong_files(where, manifest["files"]):
+        raise ArtefactError(what, where=where)
     return manifest
+
+
+def wrong_files(where: str, files: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A sentence about each of `files` (as of `describe_files`) that is missing below `where`, or has other content."""
+    fs, root = filesystem(where)
+    for name, expected in files.items():
+        if name.startswith("/") or ".." in name.split("/"):
+            yield f"the manifest names a file outside its folder: {name!r}"
+            continue
+        with reached(where):
+            try:
+                size = fs.size(f"{root}/{name}")
+            except FileNotFoundError:
+                yield f"{name} is missing"
+                continue
+            if size != expected["size"]:
+                yield f"{name} has {size:,} bytes, the manifest says {expected['size']:,}"
+            elif _sha256_on(fs, f"{root}/{name}") != expected["sha256"]:
+                yield f"{name} has other content than the manifest says (SHA-256 differs)"
+
+
+def _sha256_on(fs: Any, path: str) -> str:
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -561,6 +561,29 @@ def serve(
 
 
 @app.command()
+def doctor(
+    run: RunName,
+    mend: Annotated[bool, typer.Option("--mend", help="Do what is proposed; without it nothing is touched.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Look a run's folder over, and mend what a crash left.
+
+    Every file with a digest is read. Found are: commits and data that were never completed, damaged commits (the older
+    one is used), a last line of metrics.jsonl that was torn off, a damaged, half or outdated artefact, parts of files,
+    leases of processes that are gone, a run.yaml that cannot be read. With --mend, what is damaged is moved to
+    RUN/set-aside, and only what never counted is removed; a run that is being written right now is not touched. The
+    exit code is 0 where the same command goes on, and 3 where it does not.
+
+    ftray doctor s3://bucket/runs/cheese --mend
+    """
+    from ftray.cli.doctor import doctor_command
+
+    if code := doctor_command(run, mends=mend, as_json=as_json):
+        raise typer.Exit(code)
+
+
+@app.command()
 def publish(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run, as for export, or an artefact's folder.")],
     as_name: Annotated[str, typer.Option("--as", metavar="[TENANT/]NAME", help="Without a tenant: default.")],
@@ -910,14 +933,17 @@ def call(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of a pipe has left
         sys.stderr.close()
         return EXIT_OK
-    except FtrayError as error:
-        if "--verbose" in arguments or "-v" in arguments:
-            import traceback
+    except Exception as error:
+        from ftray.storage import explained
 
-            traceback.print_exc()
-        print(_told(error), file=sys.stderr)
-        return error.exit_code
-    except Exception:
+        told = error if isinstance(error, FtrayError) else explained(error)
+        if told:
+            if "--verbose" in arguments or "-v" in arguments:
+                import traceback
+
+                traceback.print_exc()
+            print(_told(told), file=sys.stderr)
+            return told.exit_code
         print("This is a bug in ftray; please report it, with the command and what follows.\n", file=sys.stderr)
         raise
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from ftray.config.explain import explain
 from ftray.config.run import Run
 from ftray.errors import ConfigError
+from ftray.manifest import read_text
 
 
 def recipe_names() -> list[str]:
@@ -86,12 +87,9 @@ def _read(where: str) -> tuple[str, str]:
     if where in recipe_names():
         return (_recipes() / f"{where}.yaml").read_text(encoding="utf-8"), f"recipe {where}"
     if "://" in where:
-        import fsspec
-
         uri = where if where.endswith((".yaml", ".yml")) else where.rstrip("/") + "/run.yaml"
         try:
-            with fsspec.open(uri, "r", encoding="utf-8") as file:
-                return file.read(), uri
+            return read_text(uri), uri
         except FileNotFoundError:
             raise ConfigError("no such run file", where=uri) from None
     near = difflib.get_close_matches(where, recipe_names(), n=1)

@@ -15,6 +15,7 @@ from ftray.data.prepared import INDEX, Rows
 from ftray.data.work import HISTOGRAM_BINS, SHOWN_REJECTED, Job
 from ftray.errors import DataError
 from ftray.manifest import filesystem, is_local, join, seal, write_text
+from ftray.storage import make_folder
 
 REJECTED = "rejected.jsonl"
 _SAMPLES, _SAMPLE_TOKENS = 3, 512
@@ -228,7 +229,7 @@ def copy_rejected(folder: str, run_folder: str) -> None:
         if to_fs.exists(target):
             to_fs.rm_file(target)
         return
-    to_fs.makedirs(to_root, exist_ok=True)
+    make_folder(to_fs, to_root)
     with fs.open(source, "rb") as read, to_fs.open(target, "wb") as write:
         while block := read.read(1 << 20):
             write.write(block)

@@ -17,6 +17,7 @@ from ftray.data.tokenizer import chat_template_hash, load_tokenizer
 from ftray.data.work import Job, run_fragment
 from ftray.errors import FtrayError
 from ftray.manifest import digest_of, filesystem, is_local, join, read_manifest, write_text
+from ftray.storage import make_folder, reached
 
 FORMAT = 1
 """Version of what a prepared folder holds; part of its digest."""
@@ -105,7 +106,8 @@ def _prepare(plan: Plan, on_event: OnEvent) -> dict[str, Any]:
         threshold=round(run.data.held_out_fraction * 2**64),
     )
     fs, root = filesystem(plan.folder)
-    fs.makedirs(f"{root}/work", exist_ok=True)
+    with reached(plan.folder):
+        make_folder(fs, f"{root}/work")
     preparation = _run(fragments, job, plan, on_event)
     if (threshold := preparation.better_threshold(job.threshold)) is not None:
         preparation = _run(fragments, replace(job, threshold=threshold), plan, on_event)

@@ -7,8 +7,10 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ftray.manifest import digest_of, filesystem, is_local
+from ftray.storage import reached
 
 
 def cache_folder() -> Path:
@@ -28,6 +30,11 @@ def local_copy(uri: str, wanted: Callable[[str], bool] = lambda name: True) -> s
         if not os.path.isdir(root):
             raise FileNotFoundError(uri)
         return root
+    with reached(uri):
+        return _copied(uri, fs, root, wanted)
+
+
+def _copied(uri: str, fs: Any, root: str, wanted: Callable[[str], bool]) -> str:
     found = fs.find(root, detail=True)
     files = {path[len(root) :].lstrip("/"): info for path, info in found.items()}
     files = {name: info for name, info in files.items() if wanted(name)}

@@ -26,6 +26,7 @@ from ftray.data.rows import BadRow, shortened
 from ftray.data.shards import Packed, ShardWriter, Sink
 from ftray.errors import FtrayError, RunError
 from ftray.manifest import digest_of, filesystem, join, read_text, write_text
+from ftray.storage import explained
 
 HISTOGRAM_BINS = 32
 SHOWN_REJECTED = 5
@@ -70,7 +71,9 @@ def run_fragment(number: int, fragment: Fragment, job: Job) -> dict[str, Any]:
     except FtrayError as error:
         return {"number": number, "error": error}
     except OSError as error:  # reading has errors of its own
-        return {"number": number, "error": RunError(f"prepared data cannot be written: {error}", where=job.folder)}
+        told = explained(error, job.folder) or RunError(str(error), where=job.folder)
+        what = f"prepared data cannot be written: {told.what}"
+        return {"number": number, "error": RunError(what, where=told.where, hint=told.hint)}
     finally:
         if work is not None:
             work.close()

@@ -25,6 +25,7 @@ from ftray.evaluate.generation import Asking, Generation, Part, plan
 from ftray.evaluate.generator import Generator, part_names, use_cores
 from ftray.evaluate.output import Output
 from ftray.manifest import filesystem, join, read_text, write_text
+from ftray.storage import make_folder
 
 OnEvent = Callable[[dict[str, Any]], None]
 Workers = Callable[[Generation, Sequence[Part]], Iterable[dict[str, Any]]]
@@ -171,7 +172,7 @@ def _prepare_folder(generation: Generation) -> None:
                 hint="repeat that command to finish it, or give another --out, or --overwrite",
             )
         fs.rm(path, recursive=True)
-    fs.makedirs(path, exist_ok=True)
+    make_folder(fs, path)
     write_text(job, json.dumps({"digest": generation.digest}) + "\n")
 
 

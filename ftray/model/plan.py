@@ -19,7 +19,7 @@ from ftray.model.activations import COMPUTE_BYTES, micro_batch_tokens, saved_byt
 from ftray.model.counts import targeted, trained_tensors
 from ftray.model.positions import refuse_positions
 from ftray.model.shapes import Shapes
-from ftray.model.states import GIB, PLACES, Item, Place, states
+from ftray.model.states import GIB, PLACES, Item, Place, optimizer_bytes, states
 
 LOSS_CHUNK_TOKENS = 1024
 """Target tokens whose logits exist at once: the loss computes them chunk by chunk."""
@@ -29,6 +29,8 @@ gradient in fp32."""
 
 CONTEXT_BYTES = int(0.75 * GIB)
 """Assumed: the CUDA context with the libraries' workspaces, or the libraries themselves in a CPU process."""
+SHOWN_COMMIT = GIB // 4
+"""A copy of what a commit holds counts in the plan from this size on, in bytes."""
 SLACK = 0.05
 """Assumed: what an allocator loses to fragmentation, as a share of all it gives out."""
 
@@ -131,6 +133,12 @@ def _items(run: Run, shapes: Shapes, tensors: list[int]) -> Iterator[Item]:
         if run.strategy and run.strategy.zero == 3 and run.train.gradient_checkpointing:
             copied, how = copied // shapes.layers, f"{copied:,} × 2 B / {shapes.layers} layers, one block's at a time"
         yield Item("bf16 copies of trained weights", 2 * copied, how)
+    if not (run.strategy and run.strategy.zero):  # there a commit is gathered tensor by tensor, onto the disk
+        still = run.train.optimizer == "mezo" or (run.train.optimizer == "sgd" and run.train.momentum == 0)
+        size = 4 * trained + (0 if still else optimizer_bytes(tensors, run.train.optimizer))
+        if size >= SHOWN_COMMIT:
+            how = "weights and optimizer states of the first worker, copied; on the disk where memory is short"
+            yield Item("commit under way", size, how, "host")
     if run.strategy:
         yield from _buffers(run, run.strategy, shapes, trained)
     saved, how = saved_bytes(run, shapes, targeted(run, shapes))

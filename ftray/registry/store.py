@@ -34,6 +34,7 @@ from ftray.manifest import atomic_write, filesystem, is_local
 from ftray.redact import redact
 from ftray.registry.facts import FACTS, Facts, Sha256, digest_of_facts, parse_facts, strict_json
 from ftray.registry.ref import Ref, check_name, is_digest, is_name
+from ftray.storage import explained, make_folder
 
 POINTER = "current.json"
 HOLD = "hold.json"
@@ -387,6 +388,8 @@ class Registry:
         except (FtrayError, FileNotFoundError):
             raise
         except Exception as error:  # drivers raise errors of their own libraries
+            if told := explained(error, what or self.uri):
+                raise type(told)(f"the registry cannot be reached: {told.what}", where=told.where) from error
             raise RunError(
                 f"the registry cannot be reached: {redact(str(error)[:300]) or type(error).__name__}",
                 where=what or redact(self.uri),
@@ -433,7 +436,7 @@ class Registry:
                 with atomic_write(path) as file:
                     file.write(content)
             else:
-                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                make_folder(self.fs, path.rsplit("/", 1)[0])
                 self.fs.pipe_file(path, content)
 
     def _put(self, source: Path, path: str) -> None:
@@ -442,7 +445,7 @@ class Registry:
                 with open(source, "rb") as content, atomic_write(path) as file:
                     shutil.copyfileobj(content, file, _BLOCK)
             else:
-                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                make_folder(self.fs, path.rsplit("/", 1)[0])
                 self.fs.put_file(os.fspath(source), path)
 
     def _sha256(self, path: str) -> str:

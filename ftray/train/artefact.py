@@ -27,6 +27,7 @@ from ftray.model import bottleneck
 from ftray.model.load import DTYPES, base_digest
 from ftray.model.methods import load_trained_state
 from ftray.redact import redact_values
+from ftray.storage import reached
 from ftray.train.card import model_card
 from ftray.train.commits import write_shards
 
@@ -165,13 +166,21 @@ def _open_to_others(folder: Path) -> None:
 
 def place(stage: Path, target: str) -> None:
     """Put a finished local folder at a path or fsspec URI, whole or not at all; what was there is replaced."""
+    with reached(target):
+        _place(stage, target)
+
+
+def _place(stage: Path, target: str) -> None:
     fs, path = filesystem(target)
     if is_local(target):
         new = Path(path).with_name(f".artefact.{uuid.uuid4().hex[:8]}.part")
-        shutil.copytree(stage, new)
-        _open_to_others(new)
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(new, path)
+        try:
+            shutil.copytree(stage, new)
+            _open_to_others(new)
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(new, path)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
         return
     if fs.exists(path):
         fs.rm(path, recursive=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ftray.errors import ArtefactError
 from ftray.manifest import MANIFEST, describe_files, filesystem, is_local, join, read_manifest, read_text, seal, verify
+from ftray.storage import make_folder, reached
 
 _NAME = re.compile(r"^step-(\d{8})$")
 
@@ -100,8 +101,6 @@ class Commit:
     state: State
     identity: dict[str, Any] = field(default_factory=dict)
     """What must not change between a run's parts; see `ftray.train.identity`."""
-    copy: tempfile.TemporaryDirectory[str] | None = None
-    """Holds what was fetched from an object store, as long as the commit is held."""
 
 
 def name_of(step: int) -> str:
@@ -113,29 +112,64 @@ def place_of(folder: str, step: int) -> str:
 
 
 def write(folder: str, commit: Commit) -> str:
-    """Write RUN/commits/step-N and return its path. An older folder of that name, damaged or not, is replaced."""
-    root, target = join(folder, "commits"), place_of(folder, commit.progress.step)
+    """Write RUN/commits/step-N and return its path. An older folder of that name, damaged or not, is replaced. Raises
+    RunError."""
+    staged = stage(folder, commit)
+    try:
+        return complete(staged)
+    finally:
+        staged.discard()
+
+
+@dataclass
+class Staged:
+    """The files of a commit that does not count yet, on this machine."""
+
+    folder: str
+    """The run's."""
+    step: int
+    files: Path
+    """Where they are: beside the commits on a local disk, in a temporary folder on the way to an object store."""
+
+    def discard(self) -> None:
+        """Leave nothing of what was not completed."""
+        shutil.rmtree(self.files, ignore_errors=True)
+
+
+def stage(folder: str, commit: Commit) -> Staged:
+    """Write the files of a commit; `complete` makes them one. Raises RunError."""
+    root, step = join(folder, "commits"), commit.progress.step
     if is_local(root):
-        local = Path(filesystem(root)[1])
-        local.mkdir(parents=True, exist_ok=True)
-        stage = local / f".{name_of(commit.progress.step)}.{uuid.uuid4().hex[:8]}.part"
-        try:
-            _write_files(stage, commit)
-            seal(stage, {"step": commit.progress.step})
-            _sync(stage)
-            _replace(stage, Path(filesystem(target)[1]))
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-        return target
-    with tempfile.TemporaryDirectory(prefix="ftray-commit-") as temporary:
-        _write_files(Path(temporary), commit)
-        fs, path = filesystem(target)
+        files = Path(filesystem(root)[1]) / f".{name_of(step)}.{uuid.uuid4().hex[:8]}.part"
+    else:
+        files = Path(tempfile.mkdtemp(prefix="ftray-commit-"))
+    staged = Staged(folder, step, files)
+    try:
+        with reached(files):
+            _write_files(files, commit)
+    except BaseException:
+        staged.discard()
+        raise
+    return staged
+
+
+def complete(staged: Staged) -> str:
+    """Let a staged commit count, and return its path. May be repeated when it failed. Raises RunError."""
+    target, facts = place_of(staged.folder, staged.step), {"step": staged.step}
+    fs, path = filesystem(target)
+    with reached(target):
+        if is_local(target):
+            seal(staged.files, facts)
+            _sync(staged.files)
+            _replace(staged.files, Path(path))
+            return target
         if fs.exists(f"{path}/{MANIFEST}"):
-            fs.rm(f"{path}/{MANIFEST}")
-        files = describe_files(temporary)
+            fs.rm_file(f"{path}/{MANIFEST}")
+        make_folder(fs, path)
+        files = describe_files(staged.files)
         for name in files:
-            fs.put_file(os.path.join(temporary, name), f"{path}/{name}")
-        seal(target, {"step": commit.progress.step}, files)
+            fs.put_file(str(staged.files / name), f"{path}/{name}")
+        seal(target, facts, files)
     return target
 
 
@@ -169,14 +203,15 @@ SHARD_BYTES = 1 << 30
 """A file of tensors is at most this large, unless one tensor alone is larger."""
 
 
-def read_shards(files: Iterable[Path]) -> Mapping[str, Tensor]:
-    """The tensors of safetensors files, each read when it is asked for. Raises SafetensorError, OSError."""
+def read_shards(files: Iterable[Path], copy: Any = None) -> Mapping[str, Tensor]:
+    """The tensors of safetensors files, each read when it is asked for; `copy` keeps the files there as long as they
+    may be. Raises SafetensorError, OSError."""
     where: dict[str, Path] = {}
     for path in sorted(files):
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)
 
-    def get(name: str) -> Tensor:
+    def get(name: str, _copy: Any = copy) -> Tensor:
         with safe_open(where[name], "pt") as file:
             return file.get_tensor(name)
 
@@ -205,9 +240,10 @@ def _replace(stage: Path, target: Path) -> None:
 def steps_of(folder: str) -> list[int]:
     """Steps that have a commit folder, whole or not, oldest first."""
     fs, path = filesystem(join(folder, "commits"))
-    if not fs.exists(path):
-        return []
-    names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    with reached(folder):
+        if not fs.exists(path):
+            return []
+        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
     return sorted(int(match[1]) for name in names if (match := _NAME.match(name)))
 
 
@@ -237,26 +273,29 @@ def newest_identity(folder: str) -> dict[str, Any] | None:
 
 
 def read(where: str) -> Commit:
-    """A verified commit, its tensors still in their files. Raises ArtefactError."""
-    files = verify(where)["files"]
+    """A verified commit, its tensors still in their files. Raises ArtefactError, RunError."""
     fs, path = filesystem(where)
     root, copy = Path(path), None
-    if not is_local(where):
+    if not is_local(where):  # verified is what came here
         copy = tempfile.TemporaryDirectory(prefix="ftray-commit-")
         root = Path(copy.name)
-        for name in files:
-            fs.get_file(f"{path}/{name}", str(root / name))
+        with reached(where):
+            for file in fs.find(path):
+                fs.get_file(file, str(root / file.rsplit("/", 1)[-1]))
+    try:
+        verify(root)
+    except ArtefactError as error:  # by its own name, not that of a copy
+        raise ArtefactError(error.what, where=where) from None
     try:
         state = json.loads((root / "state.json").read_text())
         return Commit(
             progress=Progress(**state["progress"]),
             state=State(
-                model=read_shards(root.glob("model*.safetensors")),
-                optimizer=read_shards(root.glob("optimizer*.safetensors")),
+                model=read_shards(root.glob("model*.safetensors"), copy),
+                optimizer=read_shards(root.glob("optimizer*.safetensors"), copy),
                 plain=state["optimizer"],
             ),
             identity=state["identity"],
-            copy=copy,
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"it verifies but cannot be read: {error}", where=where) from None
@@ -268,16 +307,18 @@ def to_keep(steps: Iterable[int], *, keep_last: int, best: int | None) -> set[in
     return set(newest) | ({best} if best is not None else set())
 
 
-def prune(folder: str, *, keep_last: int, best: int | None) -> None:
-    """Remove the commits that need not stay, and on a local disk the litter of crashes."""
+def prune(folder: str, *, newest: int, keep_last: int, best: int | None) -> None:
+    """After the commit of step `newest`: remove the commits that need not stay, those of later steps, which were
+    damaged when the run went on from before them, and on a local disk the litter of crashes."""
     steps = steps_of(folder)
-    keep = to_keep(steps, keep_last=keep_last, best=best)
+    keep = to_keep([step for step in steps if step <= newest], keep_last=keep_last, best=best)
     fs, root = filesystem(join(folder, "commits"))
-    for step in set(steps) - keep:
-        path = f"{root}/{name_of(step)}"
-        if fs.exists(f"{path}/{MANIFEST}"):
-            fs.rm(f"{path}/{MANIFEST}")  # first, so that a half-removed commit does not count
-        fs.rm(path, recursive=True)
+    with reached(folder):
+        for step in set(steps) - keep:
+            path = f"{root}/{name_of(step)}"
+            if fs.exists(f"{path}/{MANIFEST}"):
+                fs.rm_file(f"{path}/{MANIFEST}")  # first, so that a half-removed commit does not count
+            fs.rm(path, recursive=True)
     if is_local(root):
         for litter in Path(root).glob(".step-*.part"):
             shutil.rmtree(litter, ignore_errors=True)

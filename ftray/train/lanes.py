@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,7 +117,15 @@ class Base:
                 self.lanes[name] = lane
                 self._changed.notify_all()
             return Equipment(
-                lane, self.objective, trained, parameters, self.unquantized, lend, self.base_losses, self.base_lock
+                strategy=lane,
+                objective=self.objective,
+                trained=trained,
+                parameters=parameters,
+                unquantized=self.unquantized,
+                lend=lend,
+                base_losses=self.base_losses,
+                base_lock=self.base_lock,
+                aside=partial(self.without, lane),  # an evaluation is told when its commit counts
             )
 
         return equipment

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,18 +31,21 @@ from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import RunError
 from ftray.model.load import elements, load_base
 from ftray.model.methods import attach
+from ftray.storage import reached
 from ftray.train import commits
 from ftray.train.artefact import pass_frozen, write_artefact
 from ftray.train.commits import Commit, Progress
 from ftray.train.dpo import PreferenceLoss
 from ftray.train.feed import Feed, StepRows
 from ftray.train.identity import identity, refuse_other_run
+from ftray.train.lease import lease
 from ftray.train.loss import TargetLoss
 from ftray.train.metrics import MetricsLog
 from ftray.train.schedule import rate_factor
 from ftray.train.seeds import mix
 from ftray.train.strategy import Strategy, choose, divided_weights
 from ftray.train.world import World
+from ftray.train.writer import Writer
 
 
 class Channel(Protocol):
@@ -72,6 +76,8 @@ class Equipment:
     """The base's own on held-out rows, found once by whoever comes first among those that share it …"""
     base_lock: threading.Lock = field(default_factory=threading.Lock)
     """… while it holds this."""
+    aside: Callable[[], AbstractContextManager[Any]] | None = None
+    """Commits are waited for in it: others who share the base go on. None: they are written beside the loop."""
 
 
 Equip = Callable[[Run, World, int], Equipment]
@@ -87,13 +93,14 @@ def train_worker(
     base that it shares; None: a model of its own. Raises RunError when too many steps in a row had no finite loss,
     UserError for what the user can mend.
     """
-    worker = _Worker(run, data, world, channel, equip or _alone)
-    worker.resume()
-    if restarts:
-        again = {1: "again", 2: "for the third time"}.get(restarts, f"for the {restarts + 1}th time")
-        worker.warn(f"a worker was lost; Ray Train started the group {again}")
-    worker.train()
-    return worker.finish()
+    with reached(run.folder, lasting=True), lease(run.folder) if world.is_first else contextlib.nullcontext():
+        worker = _Worker(run, data, world, channel, equip or _alone)
+        worker.resume()
+        if restarts:
+            again = {1: "again", 2: "for the third time"}.get(restarts, f"for the {restarts + 1}th time")
+            worker.warn(f"a worker was lost; Ray Train started the group {again}")
+        worker.train()
+        return worker.finish()
 
 
 def _alone(run: Run, world: World, steps: int) -> Equipment:
@@ -123,6 +130,7 @@ class _Worker:
     def __init__(self, run: Run, data: PreparedData, world: World, channel: Channel, equip: Equip) -> None:
         self.run, self.data, self.world, self.channel = run, data, world, channel
         self.log: MetricsLog | None = None
+        self.writer = Writer(run.folder, self.warn)
         self._unlogged: list[dict[str, Any]] = []
         self.pad_id = load_tokenizer(run.model, run.data.chat_template).pad_token_id
         self.identity = identity(run, self.data.digest)
@@ -186,8 +194,9 @@ class _Worker:
         progress, train = self.progress, self.run.train
         upcoming = self.feed.steps(progress.cursor, self.steps - progress.step)
         stop = False
-        with contextlib.closing(upcoming):  # type: ignore[type-var]
+        with contextlib.closing(upcoming), self.writer:  # type: ignore[type-var]
             while not progress.finished:
+                self.written()
                 if self._evaluation_due():
                     self.evaluate()
                     stop = self.world.sum(float(self.channel.stop_requested()))[0] > 0 or stop
@@ -196,7 +205,7 @@ class _Worker:
                 if progress.step >= self.steps:
                     progress.finished = "finished"
                 if progress.finished or stop or self._commit_due():
-                    self.commit()
+                    self.commit(wait=bool(progress.finished) or stop)
                 if progress.finished or stop:
                     break
                 stop = self.step(next(upcoming))
@@ -328,9 +337,11 @@ class _Worker:
             return progress.step % train.commit_every == 0
         return progress.evaluated_at == progress.step
 
-    def commit(self) -> None:
-        """Write a commit, after every worker has come here; then remove those that need not stay."""
+    def commit(self, *, wait: bool) -> None:
+        """Take a commit, after every worker has come here, and begin to write it; with `wait` it counts at the end.
+        Then those that need not stay are removed."""
         self.world.barrier()
+        self.written(wait=True)  # the one before
         state = self.strategy.state()
         if not self.world.is_first:
             if state:
@@ -338,13 +349,23 @@ class _Worker:
         else:
             assert self.log
             assert state
-            self.progress.metrics_bytes = self.log.flush()
-            where = commits.write(self.run.folder, Commit(self.progress, state, self.identity))
-            self.emit(kind="commit", step=self.progress.step, folder=where)
-            best = self.progress.best_step if self.run.train.keep_best else None
-            commits.prune(self.run.folder, keep_last=self.run.train.keep_last, best=best)
+            self.progress.metrics_bytes = self.log.length()
+            train, step = self.run.train, self.progress.step
+            best = self.progress.best_step if train.keep_best else None
+            prune = partial(commits.prune, self.run.folder, newest=step, keep_last=train.keep_last, best=best)
+            self.writer.begin(Commit(self.progress, state, self.identity), before=self.log.keep, after=prune)
+            aside = self.equipment.aside
+            if wait or aside:
+                with aside() if aside else contextlib.nullcontext():
+                    self.written(wait=True)
         self.world.barrier()
         self.committed = self.progress.step
+
+    def written(self, *, wait: bool = False) -> None:
+        """Tell of the commit under way once it counts. Raises RunError where it could not be written."""
+        if done := self.writer.done(wait=wait):
+            step, where = done
+            self.emit(kind="commit", step=step, folder=where)
 
     # ------------------------------------------------------------------------------------------------------ finishing
 

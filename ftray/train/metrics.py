@@ -13,13 +13,15 @@ from typing import Any
 import orjson
 
 from ftray.manifest import filesystem, is_local, join
+from ftray.storage import reached
 
 KEPT = frozenset({"start", "step", "evaluation", "commit", "skip", "warning", "resume", "end"})
 """Kinds of events that are lines of the file; the others are for the console alone."""
 
 
 class MetricsLog:
-    """Appends on a local disk; on an object store it keeps a local copy and uploads it whole at `flush`."""
+    """Appends on a local disk; on an object store it keeps a local copy and uploads it whole at `keep`. `keep` may run
+    on another thread than the rest."""
 
     def __init__(self, folder: str, length: int) -> None:
         """`length`: bytes of the file that count, as the commit says."""
@@ -29,8 +31,9 @@ class MetricsLog:
         if self._remote:
             self._scratch = tempfile.TemporaryDirectory(prefix="ftray-metrics-")
             local = Path(self._scratch.name) / "metrics.jsonl"
-            if length and fs.exists(path):
-                fs.get_file(path, str(local))
+            with reached(self.uri):
+                if length and fs.exists(path):
+                    fs.get_file(path, str(local))
         else:
             local = Path(path)
             local.parent.mkdir(parents=True, exist_ok=True)
@@ -43,18 +46,21 @@ class MetricsLog:
             self._file.write(orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE))
             self._file.flush()  # so that the file can be followed
 
-    def flush(self) -> int:
-        """Make all lines last; returns the file's length in bytes."""
-        self._file.flush()
-        if self._remote:
-            fs, path = self._remote
-            fs.put_file(self._file.name, path)
-        else:
-            os.fsync(self._file.fileno())
+    def length(self) -> int:
+        """Bytes so far."""
         return self._file.tell()
 
+    def keep(self) -> None:
+        """Make the lines so far last. Raises RunError."""
+        with reached(self.uri):
+            if self._remote:
+                fs, path = self._remote
+                fs.put_file(self._file.name, path)
+            else:
+                os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        self.flush()
+        self.keep()
         self._file.close()
         if self._remote:
             self._scratch.cleanup()

@@ -102,7 +102,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
             plain[path] = {_SAME_AS: seen[value.data_ptr()]}
         elif isinstance(value, Tensor):
             seen[value.data_ptr()] = path
-            tensors[path] = value.detach().cpu().contiguous()
+            tensors[path] = value.detach()
         elif value is None or isinstance(value, int | float | str | bool):
             plain[path] = value
         else:

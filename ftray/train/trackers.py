@@ -14,6 +14,7 @@ from ftray.config import Run
 from ftray.errors import UserError
 from ftray.manifest import filesystem, is_local, join, read_text, write_text
 from ftray.redact import redact_values
+from ftray.storage import make_folder
 
 
 class Point:
@@ -42,7 +43,7 @@ class TensorBoard:
 
         self._Event, self._Summary = Event, Summary
         fs, path = filesystem(self._folder)
-        fs.makedirs(path, exist_ok=True)
+        make_folder(fs, path)
         # TensorBoard reads the files of a folder in the order of their names: the time comes first
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = fs.open(f"{path}/{name}", "wb")

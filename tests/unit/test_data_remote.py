@@ -40,14 +40,14 @@ def run(tmp_path, monkeypatch):
     fs.rm("/", recursive=True)
 
 
-def prepare_here(run: Run) -> tuple[str, dict]:
+def prepare_here(run: Run, least: int = 3, too_long: str = "refuse") -> tuple[str, dict]:
     """`prepare` without Ray: a memory store belongs to one process."""
     plan = make_plan(run)
     fragments = fragments_of(run.data.sources[0], plan.files["train"][0], 0, "train")
-    assert len(fragments) > 2
+    assert len(fragments) >= least
     formats = {"train": [run.data.sources[0].format], "held_out": []}
     threshold = round(0.2 * 2**64)
-    job = Job(plan.folder, plan.vocabulary, formats, 64, "refuse", "batch", 0, threshold)
+    job = Job(plan.folder, plan.vocabulary, formats, 64, too_long, "batch", 0, threshold)
     preparation = Preparation(run, job, fragments)
     for number in reversed(range(len(fragments))):
         result = json.loads(json.dumps(run_fragment(number, fragments[number], job)))

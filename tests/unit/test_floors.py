@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = [
-    {"errors", "config", "manifest", "session", "redact", "embedded", ""},
+    {"errors", "config", "manifest", "session", "redact", "storage", "embedded", ""},
     {"data", "model", "jobs"},
     {"registry"},
     {"engine", "train"},
@@ -23,7 +23,7 @@ FLOORS = [
 NEIGHBOURS = {("model", "data")}
 """One way across a floor: the model's loader asks the tokenizer's module for the base's folder."""
 
-SERVE_MAY_USE = {"", "errors", "config", "manifest", "redact", "session", "embedded", "registry", "model", "engine"}
+SERVE_MAY_USE = FLOORS[0] | {"registry", "model", "engine"}
 SERVE_MAY_USE_OF_DATA = {"ftray.data.tokenizer", "ftray.data.remote"}
 """A base's tokenizer, and where local copies lie: nothing of Ray Data comes with them."""
 HEAVY = ("torch", "ray", "transformers", "datasets", "matplotlib", "peft", "bitsandbytes", "deepspeed", "pyarrow")

@@ -146,7 +146,7 @@ def test_commit_on_an_object_store():
     folder = "memory://commits-test/run"
     for step in (1, 2, 3):
         commits.write(folder, Commit(Progress(step=step), State({"a": torch.full((2,), float(step))}, {})))
-    commits.prune(folder, keep_last=1, best=1)
+    commits.prune(folder, newest=3, keep_last=1, best=1)
     assert commits.steps_of(folder) == [1, 3]
     found = commits.latest(folder, pytest.fail)
     assert found
