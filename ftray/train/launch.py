@@ -171,7 +171,7 @@ def _fit(
     config = {"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
     config |= {"folder": os.getcwd(), "waits": released is not None}
     tell = _Told(on_event)
-    retries = Retries(run.workers.retries)
+    retries, restarts = Retries(run.workers.retries), 0
     waits_until = time.monotonic() + run.workers.wait_seconds
     with _relay(board, tell, stop, released or (lambda: 0)), _silent(not verbose):
         for group in itertools.count():
@@ -187,24 +187,28 @@ def _fit(
             )
             ray.get(board.open.remote(group))
             with Watch(board, run, resources, size, tell) as watch:
-                failure = _fit_group(run, config | {"group": group, "restarts": retries.used}, size, use_gpu)
+                told = config | {"group": group, "restarts": restarts}
+                failure = _fit_group(run, told, size, resources, use_gpu)
             outcome = ray.get(board.outcome.remote())
             if outcome["error"] is not None:
                 raise outcome["error"]
             summary = outcome["summary"]
             if summary is not None and (stop.is_set() or summary["reason"] != "stopped"):
                 return summary
-            members = ray.get(board.members.remote())
-            end_all(members)
-            if members:  # the wait that is limited is that of a run that stands still
-                waits_until = time.monotonic() + run.workers.wait_seconds
+            members, restarts = ray.get(board.members.remote()), 0
             if summary is None:
+                end_all(members)
                 if stop.is_set():
                     raise _stopped(run)
-                newest = commits.steps_of(run.folder)[-1:]
-                if not _no_places(failure) and not retries.another(newest):
+                before = getattr(failure, "controller_failure", None)
+                if before is not None and isinstance(cause := cause_of(before), FtrayError):
+                    raise cause  # what stops a group before its loop begins stops the next one too
+                if not _no_places(failure) and not retries.another(commits.steps_of(run.folder)[-1:]):
                     raise _cause(failure, watch.causes + outcome["crashes"], run)
                 tell.status(watch.account(failure))
+                restarts = retries.used
+            if members:  # the wait that is limited is that of a run that stands still
+                waits_until = time.monotonic() + run.workers.wait_seconds
     raise AssertionError
 
 
@@ -223,12 +227,13 @@ def _beside_us(actor: type) -> Any:
     return ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(actor)
 
 
-def _fit_group(run: Run, config: dict[str, Any], size: int, use_gpu: bool) -> Exception | None:
+def _fit_group(
+    run: Run, config: dict[str, Any], size: int, resources: dict[str, float], use_gpu: bool
+) -> Exception | None:
     """One group of workers, from its start to its end; what Ray Train says went wrong."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources, _ = worker_resources(run)
     with tempfile.TemporaryDirectory(prefix="ftray-ray-") as scratch:
         trainer = TorchTrainer(
             _worker_main,
@@ -330,15 +335,16 @@ class _Told:
     """`on_event`, without the ends of groups that are followed by others."""
 
     def __init__(self, on_event: Emit) -> None:
-        self._on_event = on_event
+        self._on_event, self._lock = on_event, threading.Lock()
         self.moving = False
 
     def __call__(self, event: dict[str, Any]) -> None:
         if not (self.moving and event["kind"] == "end" and event["reason"] == "stopped"):
-            self._on_event(event)
+            with self._lock:
+                self._on_event(event)
 
     def status(self, text: str) -> None:
-        self._on_event({"kind": "status", "text": text})
+        self({"kind": "status", "text": text})
 
 
 @contextmanager

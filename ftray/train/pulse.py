@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 BEAT_SECONDS = 1.0
@@ -26,8 +27,8 @@ class Life:
     node: str
     host: str
     pid: int
-    created: float
-    """When the process began, by the host's clock: with the pid its name."""
+    born: float
+    """When the process began; with the pid its name."""
     marks: int = 0
     """Steps forward that its loop made, of whatever size."""
     doing: str = "starting"
@@ -58,20 +59,30 @@ def hanging(lives: Iterable[Life], stall_seconds: float) -> tuple[Life, str] | N
 
 
 def myself(rank: int) -> Life:
-    import psutil
     import ray
 
-    context, process = ray.get_runtime_context(), psutil.Process()
-    return Life(rank, context.get_node_id(), ray.util.get_node_ip_address(), process.pid, process.create_time())
+    node, pid = ray.get_runtime_context().get_node_id(), os.getpid()
+    return Life(rank, node, ray.util.get_node_ip_address(), pid, birth(pid))
 
 
-def end_process(pid: int, created: float) -> bool:
+def birth(pid: int) -> float:
+    """When a process began: by Linux in ticks since the machine started, which no setting of the clock changes. Raises
+    psutil.NoSuchProcess."""
+    import psutil
+
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    except OSError:
+        return psutil.Process(pid).create_time()
+
+
+def end_process(pid: int, born: float) -> bool:
     """Kill the process, stopped or not, if it is still the one that was meant; whether it is gone."""
     import psutil
 
     try:
         process = psutil.Process(pid)
-        if abs(process.create_time() - created) > 1:
+        if birth(pid) != born:
             return True
         process.kill()
         process.wait(timeout=5)

@@ -134,13 +134,17 @@ def end_all(lives: Iterable[Life]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    lives = list(lives)
+    unreachable = lost_nodes({life.node for life in lives}) | draining().keys()
     task: Callable[..., Any] = ray.remote(num_cpus=0, max_retries=0)(end_process)
     asked = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(life.node, soft=False)).remote(  # type: ignore[attr-defined]
-            life.pid, life.created
+            life.pid, life.born
         )
         for life in lives
-        if not lost_nodes({life.node})
+        if life.node not in unreachable
     ]
     if asked:
-        ray.wait(asked, num_returns=len(asked), timeout=_KILL_SECONDS)
+        _, late = ray.wait(asked, num_returns=len(asked), timeout=_KILL_SECONDS)
+        for one in late:
+            ray.cancel(one)
