@@ -31,8 +31,8 @@ def ray_session(*, verbose: bool = False, cpus: int | None = None) -> Iterator[N
     if ray.is_initialized():
         yield
         return
-    if not in_a_job():  # nobody takes this machine away: one process less
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # see ftray.train.watch: one process less
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")  # where a hung one cannot be reached
     options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,

@@ -55,7 +55,7 @@ class Check:
             "folder": self.run.folder,
             "batch": {
                 "rows": self.run.train.batch_rows,
-                "workers": self.run.workers.count,
+                "workers": self.run.workers.most,
                 "micro_batch_rows": self.run.train.micro_batch_rows,
                 "accumulation": self.run.accumulation,
                 "text": batch_text(self.run),
@@ -133,8 +133,15 @@ def describe(check: Check) -> str:
 
 def batch_text(run: Run) -> str:
     """The arithmetic of one step: rows = workers × micro-batches × rows of each, and what does not divide evenly."""
-    rows, workers, micro = run.train.batch_rows, run.workers.count, run.train.micro_batch_rows
-    accumulation = run.accumulation
+    if run.workers.elastic:
+        sizes = run.workers.least, run.workers.most
+        texts = [_batch_text(run, workers, run.accumulation_of(workers)) for workers in sizes]
+        return f"{texts[0]}\nup to: {texts[1]}\n(rows of a step, and its loss, are the same with any number of workers)"
+    return _batch_text(run, run.workers.least, run.accumulation)
+
+
+def _batch_text(run: Run, workers: int, accumulation: int) -> str:
+    rows, micro = run.train.batch_rows, run.train.micro_batch_rows
     most, least = -(-rows // workers), rows // workers
     batches = some(accumulation, "micro-batch", "micro-batches")
     head = f"{some(rows, 'row')} a step = {some(workers, 'worker')}"

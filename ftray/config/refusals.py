@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def refusals(run: Run) -> Iterator[str]:
     """Why `run` cannot work, most basic reason first."""
+    yield from _workers(run)
     yield from _batches(run)
     yield from _methods(run)
     yield from _optimizers(run)
@@ -21,12 +22,31 @@ def refusals(run: Run) -> Iterator[str]:
     yield from _objectives(run)
 
 
+def _workers(run: Run) -> Iterator[str]:
+    workers = run.workers
+    if workers.count is not None and (workers.min is not None or workers.max is not None):
+        yield (
+            "workers.count fixes their number, and workers.min and workers.max let it change; give one of both"
+            " (workers.count=null takes it away)"
+        )
+    elif workers.elastic and (workers.min is None or workers.max is None):
+        absent = "min" if workers.min is None else "max"
+        yield f"workers.{absent} is not given: elastic workers need both workers.min and workers.max"
+    elif workers.least > workers.most:
+        yield f"workers.min {workers.least} is above workers.max {workers.most}"
+    if workers.elastic and run.strategy and run.strategy.zero > 0:
+        yield (
+            f"ZeRO {run.strategy.zero} divides states among a number of workers that stays: with fewer, each would have"
+            " to hold more than was planned for; set workers.count, or leave `strategy` out with an adapter method"
+        )
+
+
 def _batches(run: Run) -> Iterator[str]:
     train, workers = run.train, run.workers
-    if train.batch_rows < workers.count:
+    if train.batch_rows < workers.most:
         yield (
-            f"train.batch_rows {train.batch_rows} leaves some of {workers.count} workers without a row in every step;"
-            " raise train.batch_rows or lower workers.count"
+            f"train.batch_rows {train.batch_rows} leaves some of {workers.most} workers without a row in every step;"
+            f" raise train.batch_rows or lower workers.{'max' if workers.elastic else 'count'}"
         )
     if not (run.data.held_out or run.data.held_out_fraction):
         for key in ("evaluate_every", "early_stopping"):

@@ -68,16 +68,52 @@ class Strategy(Strict):
 
 
 class Workers(Strict):
-    count: int = Field(1, ge=1)
-    """Ray Train workers, each with a copy of the model."""
+    count: int | None = Field(None, ge=1)
+    """Ray Train workers, each with a copy of the model; 1 unless `min` and `max` are given."""
+    min: int | None = Field(None, ge=1)
+    """Instead of `count`: fewest workers that the run goes on with when nodes are lost."""
+    max: int | None = Field(None, ge=1)
+    """Instead of `count`: workers that it has when the cluster has room; it grows again once nodes are back."""
     gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """GPUs a worker; `auto`: one if the cluster has any, else none."""
     cpus: float | None = Field(None, gt=0)
     """CPUs a worker; null: 1, or an even share of this machine when Ray runs locally without GPUs."""
     retries: int = Field(3, ge=-1)
-    """Times that Ray Train may start the group again after a worker died; -1: without limit."""
+    """Times that the workers may start again after one died, without a new commit in between; -1: without limit."""
+    wait_seconds: float = Field(600, ge=0)
+    """Longest wait for places on the cluster, at the start and after nodes were lost; then the run ends with what is
+    missing. The last commit is whole, and the same command goes on."""
+    stall_seconds: float = Field(1800, gt=0)
+    """Longest time in which a worker may make no progress within a step; then it is named, ended, and the workers start
+    again. One that gives no sign of life at all is found after 60 s, or after this time if that is less."""
     gpu_memory_gib: float | None = Field(None, gt=0)
     """Memory of one GPU, for the memory plan; null: nothing is compared."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_without_a_word(cls, given: Any) -> Any:
+        if isinstance(given, dict) and not {"count", "min", "max"} & {key for key in given if given[key] is not None}:
+            return {**given, "count": 1}
+        return given
+
+    @property
+    def least(self) -> int:
+        """Workers that the run needs."""
+        return self.count or self.min or 1
+
+    @property
+    def most(self) -> int:
+        """Workers that it has where there is room."""
+        return self.count or self.max or self.least
+
+    @property
+    def elastic(self) -> bool:
+        return self.count is None
+
+    @property
+    def number(self) -> str:
+        """`2`, `1 to 4`."""
+        return f"{self.least} to {self.most}" if self.elastic else f"{self.least}"
 
 
 class Logging(Strict):
@@ -105,7 +141,7 @@ class Run(Strict):
     evaluate: Evaluation | None = None
     """What `ftray evaluate` asks of the tuned model and of baselines; null: losses on the held-out rows alone. Training
     does not look at it."""
-    workers: Workers = Workers()
+    workers: Workers = Workers(count=1)
     logging: Logging = Logging()
     output: str = "runs/{name}"
     """The run's folder: a path or any fsspec URI; `{name}` is the run's name."""
@@ -126,7 +162,11 @@ class Run(Strict):
     @property
     def accumulation(self) -> int:
         """Micro-batches a worker in one step, at most."""
-        rows = -(-self.train.batch_rows // self.workers.count)
+        return self.accumulation_of(self.workers.least)
+
+    def accumulation_of(self, workers: int) -> int:
+        """Micro-batches of each in one step, at most, when there are so many workers."""
+        rows = -(-self.train.batch_rows // workers)
         return -(-rows // self.train.micro_batch_rows)
 
     def total_steps(self, rows_per_epoch: int) -> int:

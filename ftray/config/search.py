@@ -417,6 +417,9 @@ def _run_refusals(search: Search) -> Iterator[str]:
     judged = [name for name in search.metric if name not in PLANNED]
     if judged and not held_out and "data.held_out_fraction" not in search.space:
         yield f"metric {judged[0]} is of held-out rows: set data.held_out or data.held_out_fraction in the run"
+    workers = raw.get("workers") or {}
+    if workers.get("min") is not None or workers.get("max") is not None:
+        yield "a trial's places are set aside before it starts, so workers.min and max do nothing: set workers.count"
     watches = search.scheduler.name != "fifo"
     if watches and not train.get("evaluate_every") and "train.evaluate_every" not in search.space:
         yield f"scheduler {search.scheduler.name} judges by evaluations: set train.evaluate_every in the run"

@@ -38,7 +38,7 @@ _PLAIN_NORM = ("gpt2", "gpt_neox")
 def micro_batch_tokens(run: Run) -> int:
     """Tokens that one worker puts through the model at once, if every row were as long as `data.max_length`; virtual
     tokens that go through every layer are among them."""
-    rows = min(run.train.micro_batch_rows, -(-run.train.batch_rows // run.workers.count))
+    rows = min(run.train.micro_batch_rows, -(-run.train.batch_rows // run.workers.least))
     virtual = run.method.tokens if isinstance(run.method, Prompt | PTuning) else 0
     sequences = 2 if run.objective.name == "dpo" else 1  # a pair is one row
     return rows * sequences * (run.data.max_length + virtual)

@@ -98,7 +98,7 @@ def _frozen(run: Run, shapes: Shapes, workers: int = 1) -> Iterator[Item]:
 
 
 def _divided(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iterator[Item]:
-    workers = run.workers.count
+    workers = run.workers.least
     by_1, by_2, by_3 = (workers if strategy.zero >= stage else 1 for stage in (1, 2, 3))
     held, updated = _PLACES[strategy.offload_parameters], _PLACES[strategy.offload_optimizer]
     if run.method.frozen_base:

@@ -4,7 +4,10 @@ there before any worker is."""
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
+
+from ftray.train.pulse import Life, Pulse, myself
 
 _PUSH_SECONDS = 0.2
 _HELD_SECONDS = 0.05
@@ -18,24 +21,70 @@ class Board:
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._stop = False
+        self._leave = False
+        self._group = 0
+        self._lives: dict[int, Life] = {}
+        self._heard: dict[int, float] = {}
+        self._moved: dict[int, float] = {}
+        self._parted: set[int] = set()
         self._error: Exception | None = None
         self._failures = 0
         self._summary: dict[str, Any] | None = None
         self._crashes: list[str] = []
-        self._begun = 0
         self._released = 0
 
-    def begin(self) -> int:
-        self._begun += 1
-        return self._begun
+    def open(self, group: int) -> None:
+        """A new group of workers is about to start; what is left of those before it is to end."""
+        self._group, self._leave, self._summary, self._failures = group, False, None, 0
+        self._lives, self._heard, self._moved, self._parted = {}, {}, {}, set()
+
+    def leave(self) -> None:
+        """Have this group commit and give its places back."""
+        self._leave = True
+
+    def join(self, group: int, life: Life) -> bool:
+        """A worker of `group` is there. False: another group has its place."""
+        if group == self._group:
+            self._lives[life.rank] = life
+            self._heard[life.rank] = self._moved[life.rank] = time.monotonic()
+        return group == self._group
+
+    def beat(self, group: int, rank: int, marks: int, doing: str) -> str:
+        """A sign of life. Answers `go on`, `stop` (commit and leave) or `end` (the process, at once)."""
+        if group != self._group or rank not in self._lives:
+            return "end"
+        now, life = time.monotonic(), self._lives[rank]
+        if marks != life.marks:
+            self._moved[rank] = now
+        self._heard[rank] = now
+        self._lives[rank] = replace(life, marks=marks, doing=doing)
+        return "stop" if self._stop or self._leave else "go on"
+
+    def part(self, group: int, rank: int) -> None:
+        """The worker's loop has ended: nothing more is expected of it."""
+        if group == self._group:
+            self._parted.add(rank)
+
+    def lives(self) -> list[Life]:
+        """Workers whose loops go on."""
+        now = time.monotonic()
+        return [
+            replace(life, silent=now - self._heard[rank], stuck=now - self._moved[rank])
+            for rank, life in sorted(self._lives.items())
+            if rank not in self._parted
+        ]
+
+    def members(self) -> list[Life]:
+        """All who joined this group."""
+        return list(self._lives.values())
 
     def push(self, events: list[dict[str, Any]]) -> bool:
         self._events += events
-        return self._stop
+        return self._stop or self._leave
 
     def may_go_on(self, step: int) -> bool:
         """Whether a run that waits after the evaluation of `step` need not wait any longer."""
-        return self._stop or self._released >= step
+        return self._stop or self._leave or self._released >= step
 
     def drain(self, stop: bool, released: int = 0) -> list[dict[str, Any]]:
         self._stop |= stop
@@ -63,18 +112,26 @@ class Board:
 class BoardChannel:
     """A worker's end of the board: events go in batches, and no step waits for them."""
 
-    def __init__(self, board: Any, rank: int, *, waits: bool = False) -> None:
-        self._board, self._rank, self._waits = board, rank, waits
+    def __init__(self, board: Any, rank: int, *, group: int = 0, waits: bool = False) -> None:
+        self._board, self._rank, self._group, self._waits = board, rank, group, waits
+        self._pulse: Pulse | None = None
         self._waiting: list[dict[str, Any]] = []
         self._pushed_at = 0.0
         self._answer: Any = None
         self._stop = False
 
-    def begin(self) -> int:
-        """Groups of workers that began so far, this one included. For one worker of a group to ask."""
+    def join(self) -> bool:
+        """Be one of the group, with a pulse from now on. False when another group has its place."""
         import ray
 
-        return ray.get(self._board.begin.remote())
+        if ray.get(self._board.join.remote(self._group, myself(self._rank))):
+            self._pulse = Pulse(self._board, self._group, self._rank)
+        return self._pulse is not None
+
+    def mark(self, doing: str) -> None:
+        """The loop went a step forward, and is now at `doing`."""
+        if self._pulse:
+            self._pulse.mark(doing)
 
     def emit(self, event: dict[str, Any]) -> None:
         self._waiting.append(event)
@@ -102,11 +159,12 @@ class BoardChannel:
         if self._rank == 0 and self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             self._stop |= ray.get(self._answer)
             self._answer = None
-        return self._stop
+        return self._stop or (self._rank == 0 and self._pulse is not None and self._pulse.stop)
 
     def finish(self, summary: dict[str, Any] | None) -> None:
         import ray
 
+        self._end_pulse()
         if summary is not None:
             ray.get([self._board.push.remote(self._waiting), self._board.finish.remote(summary)])
 
@@ -114,6 +172,7 @@ class BoardChannel:
         """Tell the error that ends the run. True when every worker failed alike, so that none waits for another."""
         import ray
 
+        self._end_pulse()
         ray.get([self._board.push.remote(self._waiting), self._board.fail.remote(error)])
         end = time.monotonic() + _ALIKE_SECONDS
         while time.monotonic() < end:
@@ -122,12 +181,13 @@ class BoardChannel:
             time.sleep(0.05)
         return False
 
-    def has_failed(self) -> bool:
-        import ray
-
-        return ray.get(self._board.failures.remote()) > 0
+    def _end_pulse(self) -> None:
+        if self._pulse:
+            self._pulse.end()
+            self._board.part.remote(self._group, self._rank)
 
     def crash(self, text: str) -> None:
         import ray
 
+        self._end_pulse()
         ray.get(self._board.crash.remote(f"worker {self._rank}\n{text}"))

@@ -184,7 +184,7 @@ def _hyperparameters(run: Run, summary: dict[str, Any]) -> str:
         ("Steps", f"{summary['steps']:,}" if summary.get("steps") else f"{train.steps or train.epochs}"),
         ("Longest row", f"{run.data.max_length:,} tokens"),
         ("Compute", train.precision),
-        ("Workers", str(run.workers.count)),
+        ("Workers", run.workers.number),
         *([("Divided by", _division(run.strategy))] if run.strategy else []),
         ("Seed", str(run.seed)),
     ]

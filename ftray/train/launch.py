@@ -1,11 +1,14 @@
 """Start a run on Ray: prepare its rows, then the loop on Ray Train workers.
 
-Ray Train places, watches and restarts the workers. What a run goes on from are its own commits: Ray's checkpoints and
-the controller's snapshot are not used, so nothing of theirs can keep a run from starting again.
+Ray Train places a group of workers and tells when one of them is lost; whether and how large the next group is, is
+decided here. What a run goes on from are its own commits: Ray's checkpoints and the controller's snapshot are not used,
+so nothing of theirs can keep a run from starting again.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import tempfile
 import threading
@@ -25,6 +28,8 @@ from ftray.session import cause_of, in_a_job, ray_session, stand_aside
 from ftray.train import commits, native, nodes
 from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
+from ftray.train.places import wait_for_places
+from ftray.train.watch import Retries, Watch, end_all
 
 Emit = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.2
@@ -105,12 +110,12 @@ def _until(stop: threading.Event, on_event: Emit, folder: str) -> Emit:
 
 
 def workers_in_words(run: Run) -> str:
-    return f"{run.workers.count} Ray Train worker{'s' if run.workers.count > 1 else ''}"
+    return f"{run.workers.number} Ray Train worker{'s' if run.workers.most > 1 else ''}"
 
 
 def local_cpus(run: Run) -> int:
     """Logical CPUs of a local Ray: this machine's, or more if the workers need a place each."""
-    return max(os.cpu_count() or 1, run.workers.count)
+    return max(os.cpu_count() or 1, run.workers.most)
 
 
 def _compile_on_nodes(run: Run, on_event: Emit) -> None:
@@ -145,45 +150,107 @@ def _fit(
     verbose: bool,
     released: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
+    """Groups of workers, one after the other, until the run is at its end."""
     import ray
+
+    board: Any = _beside_us(Board).remote()
+    resources, use_gpu = worker_resources(run)
+    config = {"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
+    config |= {"folder": os.getcwd(), "waits": released is not None}
+    tell = _Told(on_event)
+    retries, restarts = Retries(run.workers.retries), 0
+    waits_until = time.monotonic() + run.workers.wait_seconds
+    with _relay(board, tell, stop, released or (lambda: 0)), _silent(not verbose):
+        for group in itertools.count():
+            size = wait_for_places(
+                resources,
+                run.workers.least,
+                run.workers.most,
+                seconds=waits_until - time.monotonic(),
+                limit=run.workers.wait_seconds,
+                stop=stop,
+                folder=run.folder,
+                tell=tell.status,
+            )
+            ray.get(board.open.remote(group))
+            with Watch(board, run, resources, size, tell) as watch:
+                told = config | {"group": group, "restarts": restarts}
+                failure = _fit_group(run, told, size, resources, use_gpu)
+            outcome = ray.get(board.outcome.remote())
+            if outcome["error"] is not None:
+                raise outcome["error"]
+            summary = outcome["summary"]
+            if summary is not None and (stop.is_set() or summary["reason"] != "stopped"):
+                return summary
+            members, restarts = ray.get(board.members.remote()), 0
+            if summary is None:
+                end_all(members)
+                if stop.is_set():
+                    raise _stopped(run)
+                before = getattr(failure, "controller_failure", None)
+                if before is not None and isinstance(cause := cause_of(before), FtrayError):
+                    raise cause  # what stops a group before its loop begins stops the next one too
+                if not _no_places(failure) and not retries.another(commits.steps_of(run.folder)[-1:]):
+                    raise _cause(failure, watch.causes + outcome["crashes"], run)
+                tell.status(watch.account(failure))
+                restarts = retries.used
+            if members:  # the wait that is limited is that of a run that stands still
+                waits_until = time.monotonic() + run.workers.wait_seconds
+    raise AssertionError
+
+
+def _stopped(run: Run) -> RunStopped:
+    return RunStopped(
+        "stopped while its workers were being started again", where=run.folder, hint="the same command goes on"
+    )
+
+
+def _beside_us(actor: type) -> Any:
+    """An actor class that lives on this process's node: workers' nodes come and go."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(actor)
+
+
+def _fit_group(
+    run: Run, config: dict[str, Any], size: int, resources: dict[str, float], use_gpu: bool
+) -> Exception | None:
+    """One group of workers, from its start to its end; what Ray Train says went wrong."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from ftray.train.group import GroupConfig
 
-    board: Any = ray.remote(num_cpus=0, max_restarts=0)(Board).remote()  # type: ignore[attr-defined]
-    resources, use_gpu = worker_resources(run)
     with tempfile.TemporaryDirectory(prefix="ftray-ray-") as scratch:
         trainer = TorchTrainer(
             _worker_main,
-            train_loop_config={"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
-            | {"folder": os.getcwd(), "waits": released is not None},
-            scaling_config=ScalingConfig(
-                num_workers=run.workers.count, use_gpu=use_gpu, resources_per_worker=resources
-            ),
+            train_loop_config=config,
+            scaling_config=ScalingConfig(num_workers=size, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name=f"{run.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=run.workers.retries),
+                # every failure comes back here, where nodes, places and commits are known
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
-            torch_config=GroupConfig(backend="nccl" if use_gpu else "gloo", board=board),
+            torch_config=GroupConfig(
+                backend="nccl" if use_gpu else "gloo",
+                timeout_s=math.ceil(run.workers.stall_seconds + 60),
+                board=config["board"],
+            ),
         )
-        failure: Exception | None = None
-        with _relay(board, on_event, stop, released or (lambda: 0)), _silent(not verbose):
-            try:
-                with ThreadPoolExecutor(1) as pool:  # on the main thread it would take Ctrl-C over, and abort
-                    pool.submit(trainer.fit).result()
-            except Exception as error:  # noqa: BLE001 - what Ray raises has many types; the board knows the cause
-                failure = error
-    outcome: dict[str, Any] = ray.get(board.outcome.remote())
-    if outcome["error"] is not None:
-        raise outcome["error"]
-    if outcome["summary"] is None:
-        before = getattr(failure, "controller_failure", None)  # what stopped the group before it was one
-        if before is not None and isinstance(cause := cause_of(before), FtrayError):
-            raise cause
-        raise _cause(failure, outcome["crashes"], run)
-    return outcome["summary"]
+        try:
+            with ThreadPoolExecutor(1) as pool:  # on the main thread it would take Ctrl-C over, and abort
+                pool.submit(trainer.fit).result()
+        except Exception as error:  # noqa: BLE001 - what Ray raises has many types; the board knows the cause
+            return error
+    return None
+
+
+def _no_places(failure: Exception | None) -> bool:
+    """Whether a group did not start because its places were gone again."""
+    return "StartupTimeout" in type(getattr(failure, "controller_failure", None)).__name__
 
 
 def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
@@ -195,16 +262,15 @@ def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
     cpus = run.workers.cpus
     if cpus is None:
         one_machine = len([n for n in ray.nodes() if n["Alive"]]) == 1
-        cpus = max(1, int(cluster.get("CPU", 1)) // run.workers.count) if one_machine and not gpus else 1
+        cpus = max(1, int(cluster.get("CPU", 1)) // run.workers.most) if one_machine and not gpus else 1
     resources: dict[str, float] = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-    for name, each in resources.items():
-        have = cluster.get(name, 0)
-        if each * run.workers.count > have:
+    for name, each in resources.items() if not in_a_job() else []:  # to a cluster, nodes may come yet
+        have, least = cluster.get(name, 0), run.workers.least
+        if each * least > have:
             raise RunError(
-                f"{run.workers.count} workers × {each:g} {name} = {each * run.workers.count:g}, the cluster has"
-                f" {have:g}",
+                f"{least} workers × {each:g} {name} = {each * least:g}, the cluster has {have:g}",
                 where="workers",
-                hint="lower workers.count, or what each worker asks for",
+                hint=f"lower workers.{'min' if run.workers.elastic else 'count'}, or what each worker asks for",
             )
     return resources, gpus > 0
 
@@ -219,7 +285,7 @@ def gpus_of_a_worker(run: Run) -> float:
 
 def _worker_main(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs. Errors that a restart cannot mend go to the board and end the run; others go
-    to Ray Train, which starts the group again."""
+    to Ray Train, which ends the group."""
     import ray.train
     import ray.train.torch
     import torch
@@ -229,14 +295,14 @@ def _worker_main(config: dict[str, Any]) -> None:
     from ftray.train.world import World
 
     context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    channel = BoardChannel(config["board"], context.get_world_rank(), group=config["group"], waits=config["waits"])
+    world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), channel.mark)
     torch.set_num_threads(max(1, config["threads"]))
     if os.path.isdir(config["folder"]):  # Ray Train moves its workers; a run file means the user's folder
         os.chdir(config["folder"])
-    channel = BoardChannel(config["board"], world.rank, waits=config["waits"])
-    if channel.has_failed():  # started again only because one worker failed for good while others waited for it
+    if not channel.join():
         return
-    restarts = channel.begin() - 1 if world.is_first else 0
+    restarts = config["restarts"]
     try:
         run, data = Run.model_validate(config["run"]), PreparedData.open(config["data"])
         summary = train_worker(run, data, world, channel, restarts=restarts)
@@ -254,6 +320,22 @@ def _worker_main(config: dict[str, Any]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- driver
+
+
+class _Told:
+    """`on_event`, without the ends of groups that are followed by others."""
+
+    def __init__(self, on_event: Emit) -> None:
+        self._on_event, self._lock = on_event, threading.Lock()
+        self.moving = False
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if not (self.moving and event["kind"] == "end" and event["reason"] == "stopped"):
+            with self._lock:
+                self._on_event(event)
+
+    def status(self, text: str) -> None:
+        self({"kind": "status", "text": text})
 
 
 @contextmanager

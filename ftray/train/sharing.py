@@ -17,7 +17,7 @@ def refusal(run: Run) -> str | None:
         (train.optimizer != "adamw", "train.optimizer is not adamw"),
         (run.objective.name != "sft", "objective is not sft"),
         (run.strategy is not None and run.strategy.zero > 0, "strategy divides the model among workers"),
-        (run.workers.count > 1, "it wants several workers"),
+        (run.workers.most > 1, "it wants several workers"),
         (run.model.random_weights, "the base has random weights of its own"),
         (run.data.packing == "off", "data.packing is off"),
         (train.neftune is not None, "train.neftune is set"),

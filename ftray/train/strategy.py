@@ -98,6 +98,7 @@ class Replicated:
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss of a micro-batch."""
+        self.world.mark("a micro-batch")
         with autocast(self.precision, self.world):
             return self.objective(batch)
 
@@ -127,6 +128,7 @@ class DataParallel(Replicated):
         share = self.world.size / divisor  # DDP divides by the number of workers
         last, losses = len(batches) - 1, []
         for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+            self.world.mark("a micro-batch")
             torch.manual_seed(seed)
             local = contextlib.nullcontext() if i == last or self.world.size == 1 else self.wrapped.no_sync()
             with local:

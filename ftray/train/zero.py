@@ -177,6 +177,7 @@ class Zero:
     def gradients(self, batches: list[Batch], divisor: float, seeds: list[int]) -> list[Tensor]:
         share, losses = self.world.size / divisor, []  # DeepSpeed divides by the number of workers
         for batch, seed in zip(batches, seeds, strict=True):
+            self.world.mark("a micro-batch")
             torch.manual_seed(seed)
             loss = self.engine(batch)
             self.engine.backward(loss * share)

@@ -83,7 +83,7 @@ def search(spec: Search, *, on_event: Emit, stop: threading.Event, verbose: bool
 
 def local_cpus(spec: Search) -> int:
     """Logical CPUs of a local Ray: this machine's, or more where a trial's workers need a place each."""
-    counts = [(spec.raw_run().get("workers") or {}).get("count", 1)]
+    counts = [(spec.raw_run().get("workers") or {}).get("count") or 1]
     if "workers.count" in spec.space:
         counts += spec.space["workers.count"].values or []
     return max(os.cpu_count() or 1, *counts) + spare_cpus(spec)
@@ -161,7 +161,7 @@ class Hunt:
     def ordinary(self) -> list[Run]:
         """Trials that will be, or might be, runs by themselves: the one with the fewest workers first."""
         found = [planned.run for planned in self.examples() if self.runs_alone or planned.kind == "runs"]
-        return sorted(found, key=lambda run: run.workers.count)
+        return sorted(found, key=lambda run: run.workers.most)
 
     def measure(self) -> tuple[int, int]:
         """(steps between evaluations, steps of the longest trial), as far as they are known before it begins."""
@@ -403,7 +403,7 @@ def _ordinary(runs: list[Run], free: dict[str, float], verbose: bool) -> Any:
         wants = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
         have = " and ".join(f"{amount:g} {name}" for name, amount in free.items())
         raise RunError(
-            f"a trial's {run.workers.count} workers take {wants}; for trials there are {have}",
+            f"a trial's {run.workers.most} workers take {wants}; for trials there are {have}",
             where="workers",
             hint="lower workers.count, or what each worker asks for",
         )

@@ -25,7 +25,7 @@ def places_of(run: Run) -> Places:
     """What all workers of a run take. `workers.cpus` null: one CPU a worker, so that other trials find places too."""
     gpus = gpus_of_a_worker(run)
     cpus = run.workers.cpus or 1
-    return {"CPU": cpus * run.workers.count} | ({"GPU": gpus * run.workers.count} if gpus else {})
+    return {"CPU": cpus * run.workers.most} | ({"GPU": gpus * run.workers.most} if gpus else {})
 
 
 def fits(need: Places, free: Places) -> bool:

@@ -19,6 +19,7 @@ from ftray.errors import EXIT_STOPPED
 from ftray.train.launch import train
 from tests.ray.runs import kill_a_worker_at, steps_of, tensors, wait_for, workers_below, write_run
 
+pytestmark = pytest.mark.faults
 STEPS = 160
 """Enough that a kill falls before the end."""
 SEED = int(os.environ.get("FTRAY_TEST_SEED", random.SystemRandom().randrange(1000)))

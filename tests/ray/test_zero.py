@@ -210,6 +210,7 @@ def test_memory_of_a_larger_base_falls_with_the_workers(folder):
     assert found[2] == pytest.approx(found[1] / 2, rel=0.05)
 
 
+@pytest.mark.faults
 def test_a_killed_worker_changes_nothing(folder, summaries):
     run = recipe(folder, "killed", STRATEGIES["zero3-cpu"])
     killer = kill_a_worker_at(folder / "killed", 10)
