@@ -23,6 +23,8 @@ _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
 """An answer that takes longer is taken for a lost connection; an upload of 100 MiB fits."""
 
+_SILENT = "the job server does not answer: "
+
 Status = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 
 
@@ -114,7 +116,7 @@ class Cluster:
             with _told(address):
                 return cls(_client(address), address)
         except ConnectionLost as lost:
-            raise _nobody(address, lost.what) from None
+            raise _nobody(address, lost.what.removeprefix(_SILENT)) from None
 
     def submit(self, entrypoint: str, job: str, **options: Any) -> None:
         """Start a job. `options` are those of `JobSubmissionClient.submit_job`; a local `working_dir` is uploaded."""
@@ -218,7 +220,9 @@ class _told:
         if isinstance(error, AuthenticationError):
             return _refused(self.address, "Authentication required" in text)
         if isinstance(error, requests.exceptions.RequestException | ConnectionError | OSError):
-            return ConnectionLost(f"the job server does not answer: {text[:200]}", where=self.address)
+            timed_out = isinstance(error, requests.exceptions.Timeout | TimeoutError)
+            why = f"not within {_ANSWER_SECONDS:.0f} s" if timed_out else text[:200]
+            return ConnectionLost(_SILENT + why, where=self.address)
         if "status code 404" in text or "does not exist" in text:
             return UnknownJob(
                 f"the cluster knows no job {self.job}",
