@@ -20,7 +20,7 @@ _EVERY_SECONDS = 1.0
 def list_command(
     folders: Sequence[str], *, address: str | None, token_file: str | None, every: bool, as_json: bool
 ) -> None:
-    """Runs of the cluster's jobs, and of folders. Without folders or a cluster: those of `runs/` here."""
+    """Runs of the cluster's jobs, and of folders; of folders alone where no cluster is named."""
     jobs = _jobs(address, token_file, needed=not folders)
     states = [state for place in folders for folder in folders_in(place) if (state := look(folder))]
     states += [state for state in _of_jobs(jobs) if state.folder not in {s.folder for s in states}]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shlex
 import signal
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ftray.errors import EXIT_OK, UserError
 from ftray.jobs.commandline import CommandLine
@@ -22,7 +21,6 @@ from ftray.jobs.package import COMMANDS, Package, pack, variables
 if TYPE_CHECKING:
     from ftray.jobs.cluster import Cluster
 
-EXIT_INTERRUPTED = 130
 SHARED = "FTRAY_SHARED"
 
 Say = Callable[[str], None]
@@ -197,10 +195,6 @@ def _rays_silence(verbose: bool) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------ following
 
 
-class _Interrupted(Exception):
-    """A signal came, with this number."""
-
-
 def follow(cluster: Cluster, job: str, *, as_json: bool, verbose: bool) -> int:
     """Show a job's log until it is over; returns its exit code.
 
@@ -213,11 +207,20 @@ def follow(cluster: Cluster, job: str, *, as_json: bool, verbose: bool) -> int:
     say = _say(as_json)
     own: Callable[[str], str] = (lambda text: text) if verbose else OwnLines()
     follower = Follower(cluster, job)
+    stopping = False
     with _rays_silence(verbose), _signals() as came:
         follower.start()
         for event in follower.events():
-            if came and (code := _leave(cluster, job, came, say)) is not None:
-                return code
+            if came:
+                meant = "detach" if stopping else _meant(job, came[0])
+                if meant == "detach":
+                    say(f"{job} goes on; `ftray runs logs -f {job}` follows it again, `ftray runs stop {job}` ends it")
+                    return 128 + came[0]
+                if meant == "stop":
+                    stopping = True
+                    cluster.stop(job)
+                    say(f"asked {job} to commit and end; Ctrl-C leaves without waiting for it")
+                came.clear()
             if event is None:
                 continue
             kind, what = event
@@ -259,29 +262,11 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _leave(cluster: Cluster, job: str, came: list[int], say: Say) -> int | None:
-    """What a signal means: the exit code to leave with, or None to go on watching."""
-    number = came[0]
-    left = f"{job} goes on; `ftray runs logs -f {job}` follows it again, `ftray runs stop {job}` ends it"
+def _meant(job: str, number: int) -> Literal["stop", "detach", "continue"]:
+    """What a signal means: asked on a terminal. Elsewhere the safe thing: nothing is lost where the job goes on."""
     if number == signal.SIGTERM or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        say(f"\n{left}")
-        return 128 + number
-    print(f"\n{job} is running. [s]top it with a commit, [d]etach and let it go on, [c]ontinue watching? [d] ", end="")
+        return "detach"
+    print(f"\n{job} is running: [s]top it with a commit, [d]etach and let it go on, [c]ontinue watching? [d] ", end="")
     sys.stdout.flush()
     answer = sys.stdin.readline().strip().lower()
-    if answer.startswith("c"):
-        came.clear()
-        return None
-    if answer.startswith("s"):
-        say("asking it to commit and end; Ctrl-C leaves without waiting for it")
-        cluster.stop(job)
-        came[:] = []
-        return None
-    say(left)
-    return 128 + number
-
-
-def shown(command: str) -> str:
-    """A command line short enough for a table."""
-    text = " ".join(shlex.split(command)) if command else ""
-    return text if len(text) <= 60 else text[:59] + "…"
+    return "stop" if answer.startswith("s") else "continue" if answer.startswith("c") else "detach"

@@ -1,6 +1,6 @@
 """A cluster's job server, asked through Ray's own client, with answers that arrive or fail within a bounded time.
 
-    with token_of(file): cluster = Cluster.open(address)
+    cluster = Cluster.open("http://head:8265", token_file)
 
 Ray is imported when a cluster is opened.
 """
@@ -22,6 +22,8 @@ DASHBOARD_PORT = 8265
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
 """An answer that takes longer is taken for a lost connection; an upload of 100 MiB fits."""
+
+_SILENT = "the job server does not answer: "
 
 Status = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 
@@ -62,16 +64,15 @@ def address_of(given: str | None, environment: Mapping[str, str]) -> str:
     address = address or f"http://127.0.0.1:{DASHBOARD_PORT}"
     if "://" not in address:
         address = f"http://{address}"
-    parts = urlsplit(address := address.rstrip("/") if address.strip("/:") not in ("http", "https") else address)
+    parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
             "the job server is asked over HTTP, and this is no such address",
             where=redact(address),
             hint=f"the dashboard's address: http://HEAD:{DASHBOARD_PORT}",
         )
-    if parts.port is None and not (parts.scheme == "https" or parts.path):
-        address = f"{address}:{DASHBOARD_PORT}"
-    return address
+    address = address.rstrip("/")
+    return address if parts.port or parts.scheme == "https" or parts.path.strip("/") else f"{address}:{DASHBOARD_PORT}"
 
 
 def use_token(file: str | None, environment: dict[str, str] | os._Environ[str]) -> None:
@@ -115,7 +116,7 @@ class Cluster:
             with _told(address):
                 return cls(_client(address), address)
         except ConnectionLost as lost:
-            raise _nobody(address, lost.what) from None
+            raise _nobody(address, lost.what.removeprefix(_SILENT)) from None
 
     def submit(self, entrypoint: str, job: str, **options: Any) -> None:
         """Start a job. `options` are those of `JobSubmissionClient.submit_job`; a local `working_dir` is uploaded."""
@@ -219,9 +220,15 @@ class _told:
         if isinstance(error, AuthenticationError):
             return _refused(self.address, "Authentication required" in text)
         if isinstance(error, requests.exceptions.RequestException | ConnectionError | OSError):
-            return ConnectionLost(f"the job server does not answer: {text[:200]}", where=self.address)
+            timed_out = isinstance(error, requests.exceptions.Timeout | TimeoutError)
+            why = f"not within {_ANSWER_SECONDS:.0f} s" if timed_out else text[:200]
+            return ConnectionLost(_SILENT + why, where=self.address)
         if "status code 404" in text or "does not exist" in text:
-            return UnknownJob(f"the cluster knows no job {self.job}", where=self.address)
+            return UnknownJob(
+                f"the cluster knows no job {self.job}",
+                where=self.address,
+                hint="a head that was started anew forgets its jobs; the same command goes on from the last commit",
+            )
         if isinstance(error, RuntimeError | ValueError):
             if "status code 5" in text and "already submitted" not in text:
                 return ConnectionLost(f"the job server is in trouble: {text[:300]}", where=self.address)

@@ -26,7 +26,7 @@ LOST_SECONDS = 600.0
 _LONGEST_PAUSE = 15.0
 
 Event = tuple[str, Any]
-"""("text", str), ("lost", why), ("back", None), and last ("over", Job) or ("error", FtrayError)."""
+"""("text", str), ("lost", why), and last ("over", Job) or ("error", FtrayError)."""
 
 
 class Follower(threading.Thread):

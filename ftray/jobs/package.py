@@ -237,7 +237,7 @@ def _paths_of_run(run: Run, luggage: Luggage) -> dict[str, str]:
         _output(run.data.cache, "data.cache", "prepared", luggage)
     if run.logging.mlflow and not run.logging.mlflow.startswith(("databricks", "http")):
         _output(run.logging.mlflow, "logging.mlflow", "mlruns", luggage)
-    return {key: new for key, (old, new) in places.items() if new != old}
+    return {key: new for key, (old, new) in places.items() if new not in (old, os.path.normpath(old))}
 
 
 def _paths_of_search(search: Search, luggage: Luggage) -> dict[str, str]:

@@ -40,9 +40,9 @@ def strict(schema: Any) -> Any:
         return schema
     made = {key: strict(value) for key, value in schema.items()}
     properties = schema.get("properties")
-    if isinstance(properties, dict) and schema.get("type") == "object":
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            made.setdefault("additionalProperties", False)
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields")
+    if isinstance(properties, dict) and schema.get("type") == "object" and not open_ended:
+        made.setdefault("additionalProperties", False)
     return made
 
 
@@ -84,9 +84,9 @@ def cel_errors(document: Document) -> list[str]:
             one_by_one = {"onSuccess", "onFailure"} & value.keys()
             if bool(one_by_one) == ("deletionRules" in value) or len(one_by_one) == 1:
                 found.append(f"{path}: onSuccess and onFailure, or deletionRules")
-        if path.endswith(".condition") and "deletionRules" in path:
-            if len({"jobStatus", "jobDeploymentStatus"} & value.keys()) != 1:
-                found.append(f"{path}: one of jobStatus and jobDeploymentStatus")
+        of_a_rule = path.endswith(".condition") and "deletionRules" in path
+        if of_a_rule and len({"jobStatus", "jobDeploymentStatus"} & value.keys()) != 1:
+            found.append(f"{path}: one of jobStatus and jobDeploymentStatus")
     return found
 
 
@@ -135,9 +135,9 @@ def operator_errors(document: Document) -> list[str]:
     given = {variable["name"] for variable in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
     if own := given & {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}:
         found.append(f"the operator sets {', '.join(sorted(own))}")
-    if cluster.get("authOptions", {}).get("mode") == "token":
-        if tuple(map(int, cluster.get("rayVersion", "0.0").split(".")[:2])) < (2, 52):
-            found.append("tokens take rayVersion 2.52 or later")
+    ray = tuple(map(int, cluster.get("rayVersion", "0.0").split(".")[:2]))
+    if cluster.get("authOptions", {}).get("mode") == "token" and ray < (2, 52):
+        found.append("tokens take rayVersion 2.52 or later")
     if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
         found.append("ttlSecondsAfterFinished without shutdownAfterJobFinishes")
     if kind == "RayJob" and "queue-name" in str(metadata.get("labels")) and autoscaling:

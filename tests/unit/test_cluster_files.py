@@ -205,7 +205,7 @@ def reached(modules: list[str], *, lazily: bool) -> set[str]:
         found.add(module)
         # what `serve` and its engine import inside functions is needed too
         inside = lazily or module.startswith(("serve.", "ftray.engine", "ftray.registry"))
-        waiting += [name for name in imports(module, lazily=inside)]
+        waiting += imports(module, lazily=inside)
     return found
 
 
@@ -287,7 +287,7 @@ def test_ray_up_takes_its_files(file: Path, tmp_path: Path, monkeypatch: pytest.
         lambda c: c.update(dockers={}),
         lambda c: c["docker"].update(images="ftray"),
         lambda c: c.update(cluster_name=1),
-        lambda c: c.update(setup_commands="true"),
+        lambda c: c["auth"].update(ssh_user=1),
     ],
 )
 def test_ray_up_refuses_what_it_does_not_know(file: Path, spoil: Any) -> None:
@@ -691,7 +691,7 @@ def test_every_link_leads_somewhere(file: Path) -> None:
 def commands_of(text: str) -> set[str]:
     """Words behind `ftray` in code."""
     code = re.findall(r"```sh\n(.*?)```", text, flags=re.S) + re.findall(r"`([^`\n]+)`", text)
-    return {word for part in code for word in re.findall(r"(?:^|[ ;|(])ftray ([a-z]+)\b", part, flags=re.M)}
+    return {word for part in code for word in re.findall(r"(?:^|-- |; )ftray ([a-z]+)\b", part, flags=re.M)}
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda f: f.name)
