@@ -52,13 +52,13 @@ class Writer:
         be under way. Raises RunError where the disk does not take it."""
         assert self._under_way is None, "wait for the commit before"
         self._step = commit.progress.step
-        commit = replace(commit, progress=replace(commit.progress))
         held = in_memory(commit.state)
         staged = None if held else commits.stage(self.folder, commit)
+        copied = replace(commit, progress=replace(commit.progress), state=held or commit.state)
 
         def write() -> str:
             self._insisting(before)
-            files = staged or commits.stage(self.folder, replace(commit, state=held))
+            files = staged or commits.stage(self.folder, copied)
             try:
                 where = self._insisting(partial(commits.complete, files))
             finally:
@@ -112,8 +112,10 @@ def in_memory(state: State) -> State | None:
     tensors = [*state.model.values(), *state.optimizer.values()]
     if sum(tensor.nbytes for tensor in tensors) > _SHARE_OF_FREE_MEMORY * free_memory():
         return None
-    copied = ({name: _copied(tensor) for name, tensor in part.items()} for part in (state.model, state.optimizer))
-    return State(*copied, dict(state.plain))
+    model, optimizer = (
+        {name: _copied(tensor) for name, tensor in part.items()} for part in (state.model, state.optimizer)
+    )
+    return State(model, optimizer, dict(state.plain))
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -114,7 +114,9 @@ def test_rows_are_read_and_prepared_on_the_store(store):
     assert len(data.train) + len(data.held_out) == 40
 
 
-@pytest.mark.parametrize("kinds", [("503 SlowDown", "500 InternalError"), ("drop", "cut")])
+@pytest.mark.parametrize(
+    "kinds", [pytest.param(("503 SlowDown", "500 InternalError"), marks=pytest.mark.long), ("drop", "cut")]
+)
 def test_every_third_call_fails(store, unbroken, kinds):
     folder = f"s3://{BUCKET}/failing-{len(kinds[0])}"
     with store.fault(every_third(*kinds)):
@@ -176,6 +178,7 @@ def test_a_store_that_falls_silent_is_waited_for(hasty, unbroken):
     assert_as(unbroken, folder)
 
 
+@pytest.mark.long
 def test_a_store_that_stays_silent_ends_the_run(hasty, unbroken):
     store, folder = hasty, f"s3://{BUCKET}/dead"
     with store.fault(refusing("drop", "step-00000004")), pytest.raises(RunError, match="does not answer"):
