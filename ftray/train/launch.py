@@ -244,7 +244,7 @@ def _fit_group(
                 name=f"{run.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
                 # every failure comes back here, where nodes, places and commits are known
-                failure_config=FailureConfig(**dict.fromkeys(_FAILURES, 0)),
+                failure_config=FailureConfig(**_FAILURES),
             ),
             torch_config=TorchConfig(
                 backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(run.workers.stall_seconds + 60)
@@ -258,7 +258,7 @@ def _fit_group(
     return None
 
 
-_FAILURES = ("max_failures", "controller_failure_limit", "max_preemption_failures")
+_FAILURES: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": 0, "max_preemption_failures": 0}
 """What Ray Train would try again by itself, with as many workers as before."""
 
 
