@@ -211,7 +211,8 @@ def _beside_us(actor: type) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(actor)
+    made: Any = ray.remote(num_cpus=0, max_restarts=0)(actor)  # type: ignore[attr-defined]
+    return made.options(scheduling_strategy=here)
 
 
 def _fit_group(
@@ -232,7 +233,7 @@ def _fit_group(
                 name=f"{run.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
                 # every failure comes back here, where nodes, places and commits are known
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                failure_config=FailureConfig(**_FAILURES),
             ),
             torch_config=GroupConfig(
                 backend="nccl" if use_gpu else "gloo",
@@ -246,6 +247,10 @@ def _fit_group(
         except Exception as error:  # noqa: BLE001 - what Ray raises has many types; the board knows the cause
             return error
     return None
+
+
+_FAILURES: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": 0, "max_preemption_failures": 0}
+"""What Ray Train would try again by itself, with as many workers as before."""
 
 
 def _no_places(failure: Exception | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from ftray.config import Run
@@ -136,9 +136,9 @@ def end_all(lives: Iterable[Life]) -> None:
 
     lives = list(lives)
     unreachable = lost_nodes({life.node for life in lives}) | draining().keys()
-    task: Callable[..., Any] = ray.remote(num_cpus=0, max_retries=0)(end_process)
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(end_process)
     asked = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(life.node, soft=False)).remote(  # type: ignore[attr-defined]
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(life.node, soft=False)).remote(
             life.pid, life.born
         )
         for life in lives

@@ -73,6 +73,7 @@ BAD = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fragment_bytes", [1 << 23, 1 << 19])
 def test_ten_kinds_of_bad_row_are_put_aside_one_by_one(tmp_path, monkeypatch, fragment_bytes):
     monkeypatch.setattr(sources, "FRAGMENT_BYTES", fragment_bytes)
@@ -114,6 +115,7 @@ def test_wrong_order_of_roles_among_good_conversations(tmp_path):
     assert first[1][0].strip().startswith("Brie.")
 
 
+@pytest.mark.faults
 def test_too_many_bad_rows_stop_the_run_before_it_starts(tmp_path):
     rows = [*pairs(97), {"prompt": "x"}, {"prompt": "y"}, {"question": "z"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -221,6 +221,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert summary["steps"] == 3
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "no manifest"])
 def test_a_damaged_commit_is_passed_over(tmp_path, damage):
     run = toy_run(tmp_path / "a", "train.commit_every=3", "train.steps=9")
@@ -275,6 +276,7 @@ class Poison:
         monkeypatch.setattr(loop.TargetLoss, "forward", forward)
 
 
+@pytest.mark.faults
 def test_a_nan_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
     Poison(monkeypatch, {int(Order(0, [64], [1.0]).rows(0, 64)[17])}, ROWS)
     channel, summary = trained(toy_run(tmp_path, "train.steps=8"))
@@ -285,6 +287,7 @@ def test_a_nan_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
 
 
+@pytest.mark.faults
 def test_too_many_nan_steps_in_a_row_stop_the_run_and_name_the_rows(tmp_path, monkeypatch):
     Poison(monkeypatch, set(range(64)), ROWS)
     with pytest.raises(RunError, match=r"3 steps in a row .* memory:\d+"):
