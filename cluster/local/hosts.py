@@ -193,9 +193,10 @@ def up(cluster: Cluster, arguments: argparse.Namespace) -> None:
         cluster.scratch.mkdir()
         make_network(cluster)
         if not arguments.no_ray:
-            await_nodes(cluster, 1, start_ray(cluster, HEAD))  # workers give up on a head that is not there yet
-            for number, process in enumerate([start_ray(cluster, host) for host in cluster.ray_hosts[1:]], start=2):
-                await_nodes(cluster, number, process)
+            await_node(cluster, HEAD, start_ray(cluster, HEAD))  # workers give up on a head that is not there yet
+            workers = {host: start_ray(cluster, host) for host in cluster.ray_hosts if host != HEAD}
+            for host, process in workers.items():
+                await_node(cluster, host, process)
     except BaseException:
         remove(cluster)
         raise
@@ -235,8 +236,12 @@ def start(cluster: Cluster, arguments: argparse.Namespace) -> None:
     cluster.require(arguments.host, ray=True)
     if pids_in(cluster.namespace(arguments.host)):
         fail(f"processes are running on {arguments.host}; `hosts.py kill {arguments.host}` ends them")
-    before = len(alive_nodes(cluster) or []) if arguments.host != HEAD else 0
-    await_nodes(cluster, before + 1, start_ray(cluster, arguments.host))
+    end = time.monotonic() + cluster.state["start_seconds"]
+    while cluster.hosts[arguments.host] in (alive_nodes(cluster) or []):  # the head has not missed it yet
+        if time.monotonic() > end:
+            fail(f"Ray's head still takes {arguments.host} to be alive")
+        time.sleep(0.5)
+    await_node(cluster, arguments.host, start_ray(cluster, arguments.host))
 
 
 def environment(cluster: Cluster, _: argparse.Namespace) -> None:
@@ -335,6 +340,8 @@ def remove(cluster: Cluster) -> None:
         ip("netns", "delete", space)
     for space in cluster.namespaces():
         shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
+    with suppress(OSError):  # others have files there
+        Path("/etc/netns").rmdir()
     if Path(f"/sys/class/net/{cluster.link}").exists():
         subprocess.run(["ip", "link", "delete", cluster.link], capture_output=True)  # it may go with its other end
     shutil.rmtree(cluster.folder)
@@ -406,11 +413,10 @@ def log_of(cluster: Cluster, host: str) -> Path:
     return cluster.home(host) / "ray.log"
 
 
-def await_nodes(cluster: Cluster, count: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until so many nodes are alive. Ends the program when this `ray start` ends, or it takes too long."""
-    host = next(host for host in cluster.ray_hosts if host in process.args)  # type: ignore[operator]
+def await_node(cluster: Cluster, host: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the host is a living node. Ends the program when its `ray start` ends, or it takes too long."""
     end = time.monotonic() + cluster.state["start_seconds"]
-    while len(alive_nodes(cluster) or []) < count:
+    while cluster.hosts[host] not in (alive_nodes(cluster) or []):
         late = time.monotonic() > end
         if late or process.poll() is not None:
             log = "\n".join(log_of(cluster, host).read_text(errors="replace").splitlines()[-25:])

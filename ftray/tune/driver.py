@@ -421,10 +421,13 @@ def _hosts(free: dict[str, float]) -> list[Any]:
         host = _actor(Host, num_cpus=cpus, num_gpus=gpus, max_restarts=_RESTARTS, scheduling_strategy=place)
         return host.remote(max(1, int(cpus)), os.getcwd())
 
-    found = []
+    found: list[Any] = []
     for node, cpus, gpus in divided(_free_of_nodes(), free):
         each = max(1.0, cpus // gpus) if gpus else cpus
         found += [start(node, each, float(bool(gpus))) for _ in range(gpus or 1)]
+    if not found:
+        hint = "other jobs hold them: wait for these, or add nodes"
+        raise RunError("no node has a free CPU for trials", where="cluster", hint=hint)
     return found
 
 
