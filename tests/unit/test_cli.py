@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-import ftray.cli.main as main_module
+import ftray.cli.commands.runs as commands_of_runs
 from ftray.cli.check import batch_text, steps_text
 from ftray.cli.console import JsonConsole, PlainConsole, TerminalConsole, open_console
 from ftray.cli.data import describe, histogram, marked, show_sample
@@ -172,7 +172,7 @@ def test_exit_codes_of_runs(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(main_module, "_load", fail)
+    monkeypatch.setattr(commands_of_runs, "load", fail)
     assert call(["train", "x"]) == code
     assert capsys.readouterr().err.startswith(told)
 
@@ -183,7 +183,7 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("x")
 
-    monkeypatch.setattr(main_module, "_load", fail)
+    monkeypatch.setattr(commands_of_runs, "load", fail)
     with pytest.raises(ZeroDivisionError):
         call(["train", "x"])
     assert "bug in ftray" in capsys.readouterr().err
