@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,13 @@ def kill_a_worker_at(folder: Path, step: int, *, pid: int | None = None) -> thre
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def children_called(title: str) -> list[psutil.Process]:
+    """Processes below this one whose command line, or Ray's title for it, holds these words."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended by now
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from ftray.config import Decoding, Model, Source
@@ -16,6 +15,7 @@ from ftray.evaluate.generate import generate
 from ftray.evaluate.generation import Asking
 from ftray.registry.base import facts_of_base
 from tests.adapters import change_facts, seal, write_adapter
+from tests.ray.runs import children_called
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 ROWS = 96
@@ -54,8 +54,7 @@ def test_a_dead_worker_and_a_stopped_driver_lose_nothing(tmp_path: Path):
 
     def kill_a_worker(event: dict[str, Any]) -> None:
         if event["kind"] == "progress" and not killed:
-            workers = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
-            killed.extend(p.pid for p in workers[:1])
+            killed.extend(p.pid for p in children_called("MapWorker")[:1])
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
