@@ -24,7 +24,7 @@ from ftray.train.world import World
 from tests.toys import MemoryData, Recorder, random_rows, toy_run
 from tests.unit.test_data_remote import prepare_here
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.faults]
 SIZE = 16 << 20
 STEPS = ("train.steps=6", "train.commit_every=2")
 

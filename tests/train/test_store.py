@@ -26,6 +26,8 @@ from tests.s3 import BUCKET, Store, every_third, refusing, slow
 from tests.toys import MemoryData, Recorder, random_rows, toy_run
 from tests.unit.test_data_remote import prepare_here
 
+pytestmark = pytest.mark.faults
+
 ROWS = random_rows(64)
 STEPS = ("train.steps=6", "train.commit_every=2")
 
