@@ -17,6 +17,10 @@ _PATIENCE_SECONDS = 180.0
 """How long a worker that was lost may take to come back."""
 
 
+class NotHere(RunError):
+    """A worker does not know the trial: it was lost and started again since the trial joined."""
+
+
 class Desk:
     """An async actor. `seats` are handles by kind, `lanes` and `runs`: actors with the methods of `ftray.tune.host`:
     join, next, commit, leave, load."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from ftray.config import Run
 from ftray.errors import ConfigError, FtrayError, RunError
+from ftray.tune.desk import NotHere
 
 _LEAVE_SECONDS = 0.1
 
@@ -167,7 +168,7 @@ class Host:
 
     def _guest(self, trial: str) -> _Guest:
         if trial not in self._guests:
-            raise RunError(f"no run {trial} is here")
+            raise NotHere(f"no run {trial} is here")
         return self._guests[trial]
 
     def _prepare(self, guest: _Guest, source: str | None) -> Any:

@@ -16,6 +16,7 @@ from ftray.config import Run
 from ftray.errors import FtrayError, RunError, RunStopped
 from ftray.train import commits
 from ftray.train.launch import gpus_of_a_worker, train
+from ftray.tune.desk import NotHere
 
 Places = dict[str, float]
 """Ray resources by name: CPU, GPU."""
@@ -147,5 +148,5 @@ class Ordinary:
 
     def _job(self, trial: str) -> _Job:
         if trial not in self._jobs:
-            raise RunError("no such trial runs here", where=f"trial {trial}")
+            raise NotHere("no such trial runs here", where=f"trial {trial}")
         return self._jobs[trial]

@@ -14,6 +14,7 @@ from ftray.config.search import Search
 from ftray.errors import FtrayError, UserError
 from ftray.manifest import read_text, write_text
 from ftray.session import cause_of
+from ftray.tune.desk import NotHere
 
 _LOST_WORKERS = 8
 """Times that a trial may lose its worker, and the trials with it, before it counts as the trial's failure."""
@@ -100,7 +101,7 @@ class Follower(Trainable):
                     self._seat = self._get(self._desk.attach.remote(self._name, run.dump(), self._kind, self._source))
                     self._note_source()
                 return self._get(self._seat.next.remote(self._name))
-            except RayActorError:
+            except (RayActorError, NotHere):
                 self._seat = self._unreported = None
                 self._lost += 1
                 if self._lost > _LOST_WORKERS:

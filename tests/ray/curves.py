@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import ModelError, RunError
+from ftray.tune.desk import NotHere
 
 PAUSE_SECONDS = 0.02
 
@@ -41,7 +42,7 @@ class Curves:
 
     async def next(self, trial: str) -> dict[str, Any]:
         if trial not in self.lanes:
-            raise RunError(f"no trial {trial} here")
+            raise NotHere(f"no trial {trial} here")
         lane = self.lanes[trial]
         if lane.get("stopped"):
             return {"kind": "end", "summary": {"reason": "stopped"}}
