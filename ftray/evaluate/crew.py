@@ -23,7 +23,6 @@ from ftray.session import cause_of
 _AT_ONCE = 256
 """Rows or prompts that a worker takes at a time: a few passes of it."""
 _RESTARTS = 3
-_MOST = 1000
 
 
 class _Actor:
@@ -58,7 +57,7 @@ class Crew:
         """`count`: of workers; None for one a GPU, or a machine."""
         import ray
 
-        number, resources = share(count, _MOST)
+        number, resources = share(count)
         actor: Any = ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS, **resources)(_Actor)
         self._actors = [actor.remote(resources["num_cpus"], key, list(systems), registry) for _ in range(number)]
         with _told():

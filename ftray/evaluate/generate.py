@@ -122,16 +122,17 @@ class _Actor:
         return {"result": [json.dumps(self._generator.do(part)) for part in parts]}
 
 
-def share(wanted: int | None, parts: int) -> tuple[int, dict[str, Any]]:
+def share(wanted: int | None, parts: int | None = None) -> tuple[int, dict[str, Any]]:
     """(number of workers, no more than there are parts; what Ray reserves for each): a GPU each, or without GPUs a
     machine's cores."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    count = wanted or gpus or len(nodes)
+    count = min(count, parts) if parts else count
     if gpus:
-        return min(wanted or gpus, parts), {"num_gpus": 1, "num_cpus": 1}
-    count = min(wanted or len(nodes), parts)
+        return count, {"num_gpus": 1, "num_cpus": 1}
     on_one = -(-count // len(nodes))
     return count, {"num_cpus": max(1, int(min(node["CPU"] for node in nodes)) // on_one)}
 

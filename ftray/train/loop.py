@@ -98,7 +98,7 @@ def train_worker(
         worker.resume()
         if restarts:
             again = {1: "again", 2: "for the third time"}.get(restarts, f"for the {restarts + 1}th time")
-            worker.warn(f"a worker was lost; Ray Train started the group {again}")
+            worker.warn(f"a worker was lost; the group was started {again}")
         worker.train()
         return worker.finish()
 

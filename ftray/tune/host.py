@@ -254,11 +254,11 @@ def _device() -> Any:
 
 
 def _memory(device: Any) -> int:
-    """Bytes that a base and its lanes may have: of the GPU, or what this machine has free now."""
+    """Bytes that a base and its lanes may have: of the GPU, or what this machine, or its container, has free now."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
+    from ftray.train.writer import free_memory
 
-    return psutil.virtual_memory().available
+    return free_memory()

@@ -163,14 +163,14 @@ def test_damaged_data_hinder_and_are_prepared_again(folder):
 
 
 def test_parts_of_data_that_nobody_uses_are_removed_and_those_in_use_kept(folder):
-    write_text(join(folder, "data/old/work/000000.json"), "{}")
+    write_text(join(folder, "data", "old", "work", "000000.json"), "{}")
     assert not mend(examine(folder)).findings
     assert not _there(join(folder, "data/old"))
     fs, path = fsspec.core.url_to_fs(join(folder, "data.json"))
     fs.rm_file(path)
-    write_text(join(folder, "data/new/work/000000.json"), "{}")
+    write_text(join(folder, "data", "new", "work", "000000.json"), "{}")
     assert ["broke off" in finding.what for finding in mend(examine(folder)).findings] == [True]
-    assert _there(join(folder, "data/new/work/000000.json"))
+    assert _there(join(folder, "data", "new", "work", "000000.json"))
 
 
 def test_a_run_file_that_cannot_be_read_is_said(folder, capsys):
