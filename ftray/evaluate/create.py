@@ -170,7 +170,7 @@ class _Work:
             number = self._launched
             while number in self.journal.answers:
                 number += 1
-            if number >= len(self.calls) or number - self._next >= _AHEAD * teacher.at_once:
+            if number >= len(self.calls) or number - self._next >= self._ahead():
                 return "done" if number >= len(self.calls) else None
             call = self.calls.call(number)
             reserve = teacher.sampling.max_tokens + math.ceil(call.characters / _CHARACTERS_PER_TOKEN)
@@ -181,6 +181,11 @@ class _Work:
             self._reserved_tokens += reserve
             self._flying[pool.submit(self._ask, call, reserve)] = number
         return None
+
+    def _ahead(self) -> int:
+        """Calls that may be sent and not judged yet: what fills the threads, or what patience waits for."""
+        at_once = self.creation.teacher.at_once
+        return min(_AHEAD * at_once, max(at_once, self.creation.patience - self.made.idle))
 
     def _enough_under_way(self) -> bool:
         """Whether what is on its way will do, by what calls have brought so far."""

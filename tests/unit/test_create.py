@@ -218,6 +218,17 @@ def test_a_teacher_that_repeats_itself_is_given_up(tmp_path):
     assert teacher.asked.total() <= 6 + 4
 
 
+def test_a_slow_first_call_lets_no_more_be_paid_than_patience_waits_for(tmp_path):
+    def said(number: int, attempt: int) -> str:
+        if number == 0:
+            time.sleep(0.4)
+        return as_answer([honest_row(1)])
+
+    with Teacher(said) as teacher:
+        create(recipe(teacher, tmp_path / "x", patience=5), lambda event: None)
+    assert teacher.asked.total() <= 6 + 4
+
+
 @pytest.mark.parametrize("status", [401, 302])
 def test_a_refused_key_ends_it_at_once_and_is_told_to_nobody(tmp_path, monkeypatch, status):
     monkeypatch.setenv("FTRAY_API_KEY", "sk-very-secret-123456")
