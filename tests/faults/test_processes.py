@@ -17,7 +17,7 @@ import pytest
 from ftray.config import load_run
 from ftray.session import ray_session
 from ftray.train.launch import train
-from tests.ray.runs import steps_of, wait_for, workers_below, write_run
+from tests.ray.runs import processes, steps_of, wait_for, workers, write_run
 from tests.ray.test_survival import assert_as_unbroken, ftray
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3000)]
@@ -68,7 +68,7 @@ def test_a_stopped_worker_is_found_named_and_ended(folder, unbroken):
     stopped: list[float] = []
 
     def stop_one() -> None:
-        workers_below(os.getpid())[-1].suspend()
+        workers()[-1].suspend()
         stopped.append(time.monotonic())
 
     summary, told = trained(run, at_step(folder / "hung", 15, stop_one))
@@ -81,11 +81,7 @@ def test_a_stopped_worker_is_found_named_and_ended(folder, unbroken):
 
 def test_the_controller_is_killed(folder, unbroken):
     def kill_controller() -> None:
-        for process in psutil.Process().children(recursive=True):
-            if process.name().startswith("ray::TrainContr") or "TrainController" in " ".join(process.cmdline()):
-                process.kill()
-                return
-        raise AssertionError("no controller")
+        processes("ray::TrainContr")[0].kill()
 
     run = load_run(write_run(folder, "controller", train__steps=STEPS))
     summary, told = trained(run, at_step(folder / "controller", 15, kill_controller))

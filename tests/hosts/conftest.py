@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,19 @@ class Hosts:
         listed = subprocess.run(
             ["ip", "netns", "pids", f"{self.name}-{host}"], capture_output=True, text=True, check=True
         ).stdout.split()
-        return [psutil.Process(int(pid)) for pid in listed if psutil.pid_exists(int(pid))]
+        found = []
+        for pid in listed:
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
+        return found
 
     def named(self, host: str, part: str) -> list[psutil.Process]:
         """Processes on a host whose command line contains `part`."""
         found = []
         for process in self.processes(host):
-            try:
+            with suppress(psutil.Error):  # it has ended by now
                 if part in " ".join(process.cmdline()):
                     found.append(process)
-            except psutil.Error:
-                continue
         return found
 
 

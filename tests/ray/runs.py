@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -101,16 +100,20 @@ def tensors(folder: Path) -> dict[str, Any]:
     return load_file(folder / "artefact" / "adapter_model.safetensors")
 
 
-def workers_below(pid: int) -> list[psutil.Process]:
-    """The Ray Train workers among the descendants of a driver."""
+def processes(*titles: str, below: int | None = None) -> list[psutil.Process]:
+    """Processes below `below`, or this one, whose command line, or Ray's title for them, holds one of these words."""
     found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if process.name().startswith("ray::RayTrainWo") or "RayTrainWorker" in " ".join(process.cmdline()):
+    for process in psutil.Process(below).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended by now
+            line = " ".join(process.cmdline())
+            if any(title in line for title in titles):
                 found.append(process)
-        except psutil.Error:
-            continue
     return found
+
+
+def workers(below: int | None = None) -> list[psutil.Process]:
+    """The Ray Train workers among the descendants of a driver."""
+    return processes("ray::RayTrainWo", below=below)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 180.0, every: float = 0.02) -> Any:
@@ -127,18 +130,8 @@ def kill_a_worker_at(folder: Path, step: int, *, pid: int | None = None) -> thre
 
     def watch() -> None:
         wait_for(lambda: any(event["step"] >= step for event in steps_of(folder)))
-        workers_below(pid or os.getpid())[-1].kill()
+        workers(pid)[-1].kill()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
-
-
-def children_called(title: str) -> list[psutil.Process]:
-    """Processes below this one whose command line, or Ray's title for it, holds these words."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended by now
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found

@@ -18,7 +18,7 @@ from ftray.evaluate.crew import Crew
 from ftray.evaluate.evaluation import evaluate, task_of
 from ftray.evaluate.systems import BaseKey, System, resolved
 from tests.evaluate.runs import cheese_run
-from tests.ray.runs import children_called
+from tests.ray.runs import processes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -31,7 +31,7 @@ def test_two_workers_find_what_one_process_does(tmp_path: Path, monkeypatch):
 
     def kill_a_worker(event: dict[str, Any]) -> None:
         if event["kind"] == "progress" and event["what"] == "answers" and not killed:
-            killed.append(children_called("ray::_Actor")[0].pid)
+            killed.append(processes("ray::_Actor")[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
     settings = Evaluation(metrics=["chrf"], examples=[0, 1], decoding=Decoding(max_tokens=12))
@@ -44,7 +44,7 @@ def test_two_workers_find_what_one_process_does(tmp_path: Path, monkeypatch):
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert [answer.text for answer in other.answers] == [answer.text for answer in one.answers]
         assert other.shown == one.shown
-    assert not psutil.wait_procs(children_called("ray::_Actor"), timeout=60)[1]
+    assert not psutil.wait_procs(processes("ray::_Actor"), timeout=60)[1]
 
 
 def test_what_is_wrong_with_an_adapter_is_told_as_it_is(tmp_path: Path):

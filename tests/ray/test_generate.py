@@ -15,7 +15,7 @@ from ftray.evaluate.generate import generate
 from ftray.evaluate.generation import Asking
 from ftray.registry.base import facts_of_base
 from tests.adapters import change_facts, seal, write_adapter
-from tests.ray.runs import children_called
+from tests.ray.runs import processes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 ROWS = 96
@@ -54,7 +54,7 @@ def test_a_dead_worker_and_a_stopped_driver_lose_nothing(tmp_path: Path):
 
     def kill_a_worker(event: dict[str, Any]) -> None:
         if event["kind"] == "progress" and not killed:
-            killed.extend(p.pid for p in children_called("MapWorker")[:1])
+            killed.extend(p.pid for p in processes("MapWorker")[:1])
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 

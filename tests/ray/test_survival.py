@@ -17,7 +17,7 @@ import torch
 from ftray.config import load_run
 from ftray.errors import EXIT_STOPPED
 from ftray.train.launch import train
-from tests.ray.runs import kill_a_worker_at, steps_of, tensors, wait_for, workers_below, write_run
+from tests.ray.runs import kill_a_worker_at, steps_of, tensors, wait_for, workers, write_run
 
 pytestmark = pytest.mark.faults
 STEPS = 160
@@ -82,13 +82,13 @@ def test_the_driver_is_killed(folder, unbroken):
     file = write_run(folder, "driver-killed", train__steps=STEPS)
     driver = ftray("train", str(file))
     wait_for(lambda: steps_of(folder / "driver-killed"))
-    workers = workers_below(driver.pid)
-    assert workers
+    ended = workers(driver.pid)
+    assert ended
     at = random.Random(SEED + 1).randrange(20, 60)
     wait_for(lambda: len(steps_of(folder / "driver-killed")) >= at)
     driver.kill()
     driver.wait()
-    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert not psutil.wait_procs(ended, timeout=60)[1]
     assert not (folder / "driver-killed/artefact").exists()
     again = ftray("train", str(file))
     output, _ = again.communicate(timeout=400)

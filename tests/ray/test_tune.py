@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ftray.tune.driver import search
 from ftray.tune.ledger import Ledger
 from ftray.tune.space import draw
 from tests.ray.curves import Curves, loss_of
-from tests.ray.runs import wait_for, write_run
+from tests.ray.runs import processes, wait_for, write_run
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 SPACE = {"train.learning_rate": {"loguniform": [1e-4, 1e-1]}, "method.rank": {"choice": [2, 4, 8]}}
@@ -122,15 +122,6 @@ def test_broken_off_and_taken_up_again(folder):
     assert made(spec) == again
 
 
-def processes(name: str, pid: int | None = None) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        with suppress(psutil.Error):  # it may have ended by now
-            if process.name().startswith(name):
-                found.append(process)
-    return found
-
-
 @pytest.mark.usefixtures("curves")
 def test_the_other_samplers_and_schedulers_come_to_an_end(folder):
     for name, keys in {
@@ -169,7 +160,7 @@ def test_the_driver_is_killed(folder):
     command = [sys.executable, "-m", "tests.ray.curves", str(folder / "driver.yaml")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as driver:
         wait_for(lambda: len(curves_of(spec)) and sum(map(len, curves_of(spec))) > 20)
-        others = processes("ray::Follower", driver.pid) + processes("ray::Curves", driver.pid)
+        others = processes("ray::Follower", "ray::Curves", below=driver.pid)
         assert others
         driver.kill()
     assert not psutil.wait_procs(others, timeout=60)[1]
@@ -195,7 +186,7 @@ def test_ordinary_runs_of_one_and_two_workers_on_two_cpus(folder):
     assert all((Path(spec.trial_folder(i)) / "artefact/ftray.json").exists() for i in range(9))
     wait_for(lambda: not [group for group in placement_group_table().values() if group["state"] != "REMOVED"])
     assert not [a for a in list_named_actors(all_namespaces=True) if "rain" in str(a)]
-    wait_for(lambda: not processes("ray::RayTrainWo") + processes("ray::Ordinary") + processes("ray::TrainContr"), 30)
+    wait_for(lambda: not processes("ray::RayTrainWo", "ray::Ordinary", "ray::TrainContr"), 30)
     wait_for(lambda: ray.available_resources().get("CPU") == 4)
     left = set(os.listdir(tempfile.gettempdir())) - scratch
     assert not [name for name in left if name.startswith("ftray")]
