@@ -15,6 +15,7 @@ from ftray.manifest import is_local
 from ftray.model.advice import Advice, cheapest_fit
 from ftray.model.counts import targeted
 from ftray.model.plan import Plan, make_plan
+from ftray.model.positions import beyond
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
 from ftray.model.states import GIB, PLACES
@@ -195,10 +196,13 @@ def _rows_at_most(run: Run) -> int | None:
 
 def model_text(check: Check) -> str:
     s = check.shapes
-    return (
+    lines = [
         f"{check.run.model.path}: {s.family}, {s.layers} layers of {s.hidden}, vocabulary {count(s.vocabulary)},"
-        f" {count(s.parameters)} parameters\nshape from {check.origin}"
-    )
+        f" {count(s.parameters)} parameters",
+        f"shape from {check.origin}",
+        beyond(check.run, s.positions),
+    ]
+    return "\n".join(line for line in lines if line)
 
 
 def trained_text(check: Check) -> str:

@@ -105,9 +105,9 @@ class Plan:
 
 
 def make_plan(run: Run, shapes: Shapes) -> Plan:
-    """The plan of one worker. Raises ModelError when the method's targets match nothing in the base, or its virtual
-    tokens and the rows are longer than the base's positions."""
-    refuse_positions(run, shapes.positions)
+    """The plan of one worker. Raises ModelError when the method's targets match nothing in the base, or the rows, with
+    virtual tokens, are longer than the base's positions."""
+    refuse_positions(run, shapes.positions, shapes.learned_positions)
     tensors = trained_tensors(run, shapes)
     items = [item for item in _items(run, shapes, tensors) if item.bytes]
     given = sum(i.bytes for i in items if i.place == "GPU")

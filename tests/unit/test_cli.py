@@ -85,6 +85,18 @@ def test_the_last_line_of_a_check_is_its_verdict(run_file: str, capsys: pytest.C
     assert capsys.readouterr().out.splitlines()[-1].startswith("ready: takes ")
 
 
+def test_rows_beyond_the_positions_of_a_base(
+    run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["check", run_file, "model.path=gpt2", "method=lora", "data.max_length=4096"]) == 2
+    told = capsys.readouterr().err
+    assert "data.max_length: rows of up to 4096 tokens are more than the base's 1024 positions" in told
+    assert call(["check", run_file, "model.path=embedded", "data.max_length=4096"]) == 0
+    assert "rows of up to 4,096 tokens reach beyond the 1,024 positions" in capsys.readouterr().out
+    assert call(["check", run_file, "model.path=embedded"]) == 0
+    assert "reach beyond" not in capsys.readouterr().out
+
+
 def test_what_the_base_or_this_machine_lacks_is_told_before_anything_starts(
     run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
