@@ -80,6 +80,15 @@ def test_overrides_reach_into_lists_and_unions() -> None:
     assert read("data.sources.0.format.column=story").data.sources[0].format.column == "story"  # type: ignore[union-attr]
 
 
+def test_a_section_may_be_a_name_alone() -> None:
+    assert read("method=lora").method == read("method={name: lora}").method
+    assert read("method=lora", "method.rank=4").method.rank == 4  # type: ignore[union-attr]
+    run = read("method=ia3", "train.schedule=linear", "objective=dpo", "data.sources.0.format=preference")
+    names = (run.method.name, run.train.schedule.name, run.objective.name, run.data.sources[0].format.name)
+    assert names == ("ia3", "linear", "dpo", "preference")
+    assert "\n" not in refusal("method=q_proj") + refusal("method.targets=q_proj")
+
+
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROWS", "/data")
     text = MINIMAL.replace("rows.jsonl", '"${ROWS}/x.jsonl"')
@@ -129,6 +138,10 @@ def test_a_run_from_a_file_a_folder_and_a_recipe(tmp_path: Path) -> None:
         ("method={name: dora, double_quantization: true}", "method.name: qdora is DoRA over a base in NF4"),
         ("method={name: qlora, quantization: nf4}", "its base is in NF4 as it is"),
         ("method={rank: 3}", "needs a `name`"),
+        ("method=lorra", "method.name: 'lorra' is not known; did you mean 'lora'?"),
+        ("method.targets=all-liner", "method.targets: 'all-liner' is not known; did you mean 'all-linear'?"),
+        ("method.targets=q_proj", "method.targets: 'q_proj' is no list; write all-linear, or a list of names: [q_proj]"),
+        ("method={name: ia3, targets: k_proj}", "write default, or a list of names: [k_proj]"),
         ("train.steps=0", "train.steps"),
         ("train.steps=many", "train.steps"),
         ("train.precision=fp8", "train.precision"),
