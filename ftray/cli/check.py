@@ -10,6 +10,7 @@ from typing import Any
 
 from ftray.cli.words import count, facts, percent, size, some, table
 from ftray.config import LOW_RANK, Full, Run, Source
+from ftray.config.training import OWNERS
 from ftray.errors import DataError
 from ftray.manifest import is_local
 from ftray.model.advice import Advice, cheapest_fit
@@ -170,6 +171,8 @@ def steps_text(run: Run) -> str:
     final = train.learning_rate * schedule.final
     shape = schedule.name if schedule.name == "constant" else f"{schedule.name} to {final:g}"
     lines = [amount, f"rate up to {train.learning_rate:g} in {warmup}, then {shape}"]
+    if steps is not None and warmup_steps(schedule, steps) >= steps:
+        lines.append("the warm-up takes all of them, so the rate never reaches its peak: lower train.schedule.warmup")
     every = train.evaluate_every
     if run.data.held_out or run.data.held_out_fraction:
         lines.append("evaluation at the start and the end" + (f", and every {some(every, 'step')}" if every else ""))
@@ -221,6 +224,8 @@ def trained_text(check: Check) -> str:
 def learning_text(run: Run) -> str:
     """Optimizer and objective, and what is divided among the workers."""
     text = f"{run.objective.name} by {run.train.optimizer}"
+    if run.train.optimizer in OWNERS["betas"]:
+        text += ", β {:g} and {:g}".format(*run.train.betas)
     if (strategy := run.strategy) is None:
         return text
     text += f", ZeRO {strategy.zero}"

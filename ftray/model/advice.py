@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from ftray.config import DoRA, Freeze, Full, LoRA, Run, Strategy
+from ftray.config import DoRA, Freeze, Full, LoRA, Run, Strategy, Train
+from ftray.config.training import OWNERS
 from ftray.model.plan import Plan, make_plan
 from ftray.model.shapes import Shapes
 
@@ -78,10 +79,10 @@ def _candidates(run: Run) -> Iterator[dict[str, object]]:
     recompute: dict[str, object] = {} if run.train.gradient_checkpointing else {"train.gradient_checkpointing": True}
     steps: list[dict[str, object]] = [recompute]
     if run.train.optimizer != "paged_adamw_8bit" and run.strategy is None:
-        steps.append(steps[-1] | {"train.optimizer": "paged_adamw_8bit"})
+        steps.append(steps[-1] | _optimizer(run, "paged_adamw_8bit"))
     if isinstance(run.method, Full | Freeze):
         if run.strategy is None or run.strategy.offload_parameters == "none":
-            adamw: dict[str, object] = {} if run.train.optimizer == "adamw" else {"train.optimizer": "adamw"}
+            adamw = {} if run.train.optimizer == "adamw" else _optimizer(run, "adamw")
             steps += [recompute | adamw | {"strategy": offload} for offload in (_STATES_TO_HOST, _ALL_TO_HOST)]
     elif isinstance(run.method, LoRA | DoRA):
         steps.append(steps[-1] | {"method.name": f"q{run.method.name}"} | _undivided(run))
@@ -89,6 +90,16 @@ def _candidates(run: Run) -> Iterator[dict[str, object]]:
         steps.append(steps[-1] | {"method.quantization": "nf4"})
     for step in steps:
         yield from (step | change for change in ({}, *smaller) if step or change)
+
+
+def _optimizer(run: Run, name: str) -> dict[str, object]:
+    """Another optimizer, and at their defaults the keys that were set for the run's own."""
+    changes: dict[str, object] = {"train.optimizer": name}
+    for key, owners in OWNERS.items():
+        usual = Train.model_fields[key].default
+        if name not in owners and getattr(run.train, key) != usual:
+            changes[f"train.{key}"] = usual
+    return changes
 
 
 def _undivided(run: Run) -> dict[str, object]:

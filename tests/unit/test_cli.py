@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 import ftray.cli.commands.runs as commands_of_runs
-from ftray.cli.check import batch_text, steps_text
+from ftray.cli.check import batch_text, learning_text, steps_text
 from ftray.cli.console import JsonConsole, PlainConsole, TerminalConsole, open_console
 from ftray.cli.data import describe, histogram, marked, show_sample
 from ftray.cli.main import call
@@ -85,9 +85,7 @@ def test_the_last_line_of_a_check_is_its_verdict(run_file: str, capsys: pytest.C
     assert capsys.readouterr().out.splitlines()[-1].startswith("ready: takes ")
 
 
-def test_rows_beyond_the_positions_of_a_base(
-    run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_beyond_the_positions_of_a_base(run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["check", run_file, "model.path=gpt2", "method=lora", "data.max_length=4096"]) == 2
     told = capsys.readouterr().err
     assert "data.max_length: rows of up to 4096 tokens are more than the base's 1024 positions" in told
@@ -249,6 +247,17 @@ def test_steps_text() -> None:
     assert "rate up to 0.0002 in 10 % of the steps, then linear to 2e-05" in epochs
     limited = steps_text(a_run("train.epochs=2", "data.sources.0.limit=100"))
     assert limited.startswith("2 epochs of at most 100 rows: at most 14 steps\n")
+    assert "never reaches its peak" not in limited
+    short = ("train.epochs=2", "data.sources.0.limit=100", "train.schedule.warmup=14")
+    assert "never reaches its peak" in steps_text(a_run(*short))
+
+
+def test_learning_text() -> None:
+    assert learning_text(a_run()) == "sft by adamw, β 0.9 and 0.999"
+    assert learning_text(a_run("train.optimizer=lion")) == "sft by lion, β 0.9 and 0.99"
+    divided = a_run("method=lora", "strategy={zero: 3, offload_parameters: cpu}")
+    assert learning_text(divided) == "sft by adamw, β 0.9 and 0.999, ZeRO 3, weights on the host"
+    assert learning_text(a_run("train.optimizer=sgd")) == "sft by sgd"
 
 
 def test_words() -> None:

@@ -140,7 +140,10 @@ def test_a_run_from_a_file_a_folder_and_a_recipe(tmp_path: Path) -> None:
         ("method={rank: 3}", "needs a `name`"),
         ("method=lorra", "method.name: 'lorra' is not known; did you mean 'lora'?"),
         ("method.targets=all-liner", "method.targets: 'all-liner' is not known; did you mean 'all-linear'?"),
-        ("method.targets=q_proj", "method.targets: 'q_proj' is no list; write all-linear, or a list of names: [q_proj]"),
+        (
+            "method.targets=q_proj",
+            "method.targets: 'q_proj' is no list; write all-linear, or a list of names: [q_proj]",
+        ),
         ("method={name: ia3, targets: k_proj}", "write default, or a list of names: [k_proj]"),
         ("train.steps=0", "train.steps"),
         ("train.steps=many", "train.steps"),
@@ -148,6 +151,7 @@ def test_a_run_from_a_file_a_folder_and_a_recipe(tmp_path: Path) -> None:
         ("workers.gpus=some", "workers.gpus"),
         ("name=a/b", "name"),
         ("data.max_rejected=1.5", "neither a whole number of rows nor a share"),
+        ("train.schedule.warmup=1.5", "train.schedule.warmup: 1.5 is neither a whole number of steps nor a share"),
         ("data.held_out=[{path: x, format: text}]", "both `held_out` and `held_out_fraction`"),
         ("train.early_stopping={}", "early_stopping needs `evaluate_every`"),
         ("workers.count=17", "train.batch_rows 16 leaves some of 17 workers without a row"),
@@ -161,6 +165,16 @@ def test_a_run_from_a_file_a_folder_and_a_recipe(tmp_path: Path) -> None:
 )
 def test_a_refusal_says_what_where_and_what_to_change(override: str, expected: str) -> None:
     assert expected in refusal(override)
+
+
+def test_betas_are_those_of_the_optimizer() -> None:
+    assert read().dump()["train"]["betas"] == [0.9, 0.999]
+    for override in ("train.betas=null", "train.optimizer=lion"):
+        lion = read("train.optimizer=lion", override)
+        assert lion.train.betas == (0.9, 0.99)
+        assert parse_run(lion.to_yaml(), "again") == lion
+    assert read("train.optimizer=lion", "train.betas=[0.9, 0.999]").train.betas == (0.9, 0.999)
+    assert "null" in Run.model_json_schema()["$defs"]["Train"]["properties"]["betas"]["type"]
 
 
 def test_both_lengths_or_none() -> None:

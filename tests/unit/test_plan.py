@@ -435,6 +435,17 @@ def test_the_cheapest_change_that_fits(method: str, gib: int, overrides: tuple[s
     assert make_plan(typed, shapes).total_gib == advice.plan.total_gib
 
 
+def test_another_optimizer_comes_without_the_keys_of_the_one_before() -> None:
+    shapes = shapes_in_table("gpt2-medium")
+    run = a_run(
+        "{name: full}", "gpt2-medium", ", optimizer: sgd, momentum: 0.8, betas: null", workers=", gpu_memory_gib: 5"
+    )
+    advice = cheapest_fit(run, shapes)
+    assert advice is not None
+    assert {"train.optimizer=adamw", "train.momentum=0.9"} < set(advice.overrides)
+    assert parse_run(run.to_yaml(), "test", [text.replace("'", "") for text in advice.overrides]).strategy
+
+
 def test_adapters_are_told_beside_offload() -> None:
     advice = cheapest_fit(a_run("{name: full}", workers=", gpu_memory_gib: 12"), shapes_in_table(LLAMA_8B))
     assert advice
