@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -25,7 +26,7 @@ from ftray.cli.main import call
 from ftray.cli.quickstart import answers_text, next_text, quickstart_text
 from ftray.cli.signals import stop_on_signal
 from ftray.cli.train import summary_text
-from ftray.cli.words import count, duration, facts, percent, size, some, table
+from ftray.cli.words import count, duration, facts, json_text, percent, size, some, table
 from ftray.config import Run, parse_run
 from ftray.errors import RunError, RunStopped
 
@@ -344,6 +345,16 @@ def test_a_log_has_no_ansi_and_its_lines_come_every_n_steps() -> None:
 def test_json_lines() -> None:
     told = rendered(JsonConsole, EVENTS)
     assert [json.loads(line) for line in told.splitlines()] == EVENTS
+
+
+def test_json_has_no_word_for_what_is_no_number() -> None:
+    skipped = {"kind": "step", "loss": float("nan"), "sums": [1.0, -math.inf], "name": "caf\udce9", "path": Path("a")}
+    told = rendered(JsonConsole, [skipped])
+    assert json.loads(told, parse_constant=pytest.fail) == {
+        "kind": "step", "loss": None, "sums": [1.0, None], "name": "caf\udce9", "path": "a",
+    }  # fmt: skip
+    assert told.isascii()
+    assert json_text({"a": (math.nan, "ä")}, ensure_ascii=False) == '{"a": [null, "ä"]}'
 
 
 def test_the_terminal_shows_progress_and_keeps_the_lines() -> None:
