@@ -138,6 +138,13 @@ def test_base_against_tuned(folder):
     assert "1 min 32 s" in page.text
 
 
+def test_the_number_of_workers(folder):
+    for workers, told in (("{min: 1, max: 4}", "1 to 4 workers"), ("{count: 1}", "1 worker"), ("{}", "1 worker")):
+        run = parse_run(RUN, "cheese.yaml", [f"workers={workers}"])
+        (folder / "run.yaml").write_text(run.to_yaml())
+        assert f"QLoRA of rank 8 on Llama-3.1-8B, {told}, bf16" in _page(folder).text
+
+
 def test_without_keep_best_the_last_evaluation_counts(folder):
     run = parse_run(RUN, "cheese.yaml", ["train.keep_best=false"])
     (folder / "run.yaml").write_text(run.to_yaml())
