@@ -126,6 +126,18 @@ def test_shapes_equal_those_of_transformers(config: dict[str, Any]) -> None:
     assert mine.learned_positions == theirs.learned_positions
 
 
+def test_what_nf4_cannot_hold_is_what_the_loader_leaves_out() -> None:
+    pytest.importorskip("torch")
+    from transformers import AutoConfig
+
+    from ftray.model.load import misfits
+
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 100, "vocab_size": 128}
+    shapes = shapes_of(config)
+    assert shapes.unquantized() == [f"transformer.h.{i}.mlp.{name}" for i in range(2) for name in ("c_fc", "c_proj")]
+    assert misfits(AutoConfig.for_model(**config)) == ("lm_head", shapes.unquantized())
+
+
 def test_the_parametrization_above_has_every_family() -> None:
     marks = test_shapes_equal_those_of_transformers.pytestmark  # type: ignore[attr-defined]
     assert {config["model_type"] for config in marks[0].args[1]} == set(KNOWN_FAMILIES)
@@ -323,6 +335,18 @@ def test_checkpointing_keeps_one_block() -> None:
     ends = 2 * 6 * 4096
     assert saved_bytes(run, shapes, targeted(run, shapes))[0] == int(tokens * (32 * a_layer + ends))
     assert saved_bytes(saving, shapes, targeted(saving, shapes))[0] == int(tokens * (32 * 8192 + a_layer + ends))
+
+
+def test_activations_are_told_both_ways() -> None:
+    def told(run: Run) -> tuple[int, str]:
+        item = next(item for item in make_plan(run, shapes_in_table(LLAMA_8B)).items if item.name == "activations")
+        return item.bytes, item.how
+
+    (whole, how), (saved, other) = told(a_run()), told(a_run(train=", gradient_checkpointing: true"))
+    assert how.endswith(f"; {saved / GIB:,.2f} GiB with gradient_checkpointing")
+    assert other.endswith(f"; {whole / GIB:,.2f} GiB without gradient_checkpointing")
+    mezo = make_plan(a_run("{name: full}", train=", optimizer: mezo"), shapes_in_table(LLAMA_8B))
+    assert "activations" not in {item.name for item in mezo.items}
 
 
 def test_a_micro_batch_is_no_larger_than_a_workers_share() -> None:
