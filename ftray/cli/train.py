@@ -125,10 +125,8 @@ def summary_text(summary: dict[str, Any], report: str | None) -> str:
 
 
 def held_out_text(s: dict[str, Any]) -> str:
-    """`4.4012 → 0.9500 (0.216 of the base's), best at step 250`."""
-    best = s.get("best_loss")
-    tuned = best if best is not None else s["final_loss"]
-    if tuned is None or not s["base_loss"]:
-        return f"{s['base_loss']:.4f} at the start"
-    text = f"{s['base_loss']:.4f} → {tuned:.4f}, {percent(tuned / s['base_loss'])} of the base's"
-    return text + (f", at step {count(s['best_step'])}" if s.get("best_step") is not None else "")
+    """`4.4012 → 0.9500, 21.6 % of the base's, at step 250`: what the artefact has."""
+    base, tuned = s["base_loss"], s.get("artefact_loss")
+    if tuned is None or not base:
+        return f"{base:.4f} at the start"
+    return f"{base:.4f} → {tuned:.4f}, {percent(tuned / base)} of the base's, at step {count(s['artefact_step'])}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from ftray.config import AdaLoRA, Bottleneck, Run
 from ftray.data.prepared import PreparedData
 from ftray.data.tokenizer import load_tokenizer, local_model_folder
 from ftray.errors import ArtefactError
-from ftray.manifest import describe_files, filesystem, is_local, join
+from ftray.manifest import describe_files, filesystem, is_local, join, read_text, wrong_files
 from ftray.model import bottleneck
 from ftray.model.load import DTYPES, base_digest
 from ftray.model.methods import load_trained_state
@@ -46,7 +47,7 @@ def write_artefact(
     `frozen` the others of a model that is saved whole. Raises ArtefactError if what was trained is empty or not
     finite."""
     _check(trained)
-    target = join(run.folder, "artefact")
+    target = place_of(run.folder)
     with tempfile.TemporaryDirectory(prefix="ftray-artefact-") as temporary:
         stage = Path(temporary)
         _save(run, model, trained, frozen, stage)
@@ -55,6 +56,23 @@ def write_artefact(
         (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         place(stage, target)
     return target
+
+
+def place_of(folder: str) -> str:
+    """Of the artefact in a run's folder."""
+    return join(folder, "artefact")
+
+
+def step_and_loss(folder: str) -> tuple[int, float | None] | None:
+    """Of the artefact in a run's folder: the step that it is of, and its held-out loss. None where there is none, or
+    none that is whole."""
+    where = place_of(folder)
+    try:
+        facts = json.loads(read_text(join(where, FACTS)))
+        whole = not any(wrong_files(where, facts["files"]))
+        return (facts["step"], facts["metrics"].get("artefact_loss")) if whole else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def pass_frozen(run: Run, frozen: Iterable[tuple[str, Tensor]]) -> None:
@@ -135,6 +153,14 @@ def _save_model(model: Any, dtype: torch.dtype, tensors: Iterable[tuple[str, Ten
         model.generation_config.save_pretrained(stage)
 
 
+_METRICS = ("base_loss", "artefact_loss", "best_loss", "final_loss", "target_tokens", "trainable_parameters")
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no word for a loss that is not finite, and a registry takes no such file."""
+    return value if value is None or math.isfinite(value) else None
+
+
 def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dict[str, Any]:
     """What `ftray.json` says, the files' digests aside."""
     base = None if run.model.random_weights else base_digest(local_model_folder(run.model))
@@ -149,10 +175,7 @@ def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dic
         "data_sha256": data.digest,
         "run": redact_values(run.dump()),
         "step": summary["artefact_step"],
-        "metrics": {
-            key: summary[key]
-            for key in ("base_loss", "best_loss", "final_loss", "target_tokens", "trainable_parameters")
-        },
+        "metrics": {key: _number(summary[key]) for key in _METRICS},
     }
 
 

@@ -14,7 +14,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,18 +22,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftray.config import Run
 from ftray.data.order import Order, assign
 from ftray.data.prepared import PreparedData, Rows
 from ftray.data.tokenizer import load_tokenizer
-from ftray.errors import RunError
+from ftray.errors import ArtefactError, RunError
 from ftray.model.load import elements, load_base
 from ftray.model.methods import attach
 from ftray.storage import reached
-from ftray.train import commits
-from ftray.train.artefact import pass_frozen, write_artefact
+from ftray.train import artefact, commits
 from ftray.train.commits import Commit, Progress
 from ftray.train.dpo import PreferenceLoss
 from ftray.train.feed import Feed, StepRows
@@ -187,6 +186,18 @@ class _Worker:
         )
         if self.resumed_from is not None:
             self.emit(kind="resume", step=self.resumed_from)
+            self._forget_lost_best()
+
+    def _forget_lost_best(self) -> None:
+        """A best commit that is gone (set aside, or not kept by the part before) would be none to make the artefact of:
+        the best is looked for among those to come."""
+        progress, best = self.progress, self.progress.best_step
+        if not self.run.train.keep_best or progress.finished or best in (None, progress.step):
+            return
+        gone = self.world.is_first and not commits.counts(commits.place_of(self.run.folder, best))
+        if self.world.sum(float(gone))[0]:
+            self.warn(f"the commit of the best step, {best:,}, is gone; the best is looked for anew from here")
+            progress.best_loss = progress.best_step = None
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -280,17 +291,19 @@ class _Worker:
         return at_ends or (every is not None and progress.step % every == 0)
 
     def evaluate(self) -> None:
-        """Mean loss on the held-out rows, over all workers; keeps track of the best. Before the first step it is the
-        base's own, without virtual tokens; all other methods start from it."""
+        """Mean loss on the held-out rows, over all workers; keeps track of the best step, and of whether the loss still
+        falls. Before the first step it is the base's own, without virtual tokens; all other methods start from it."""
         started, progress = time.perf_counter(), self.progress
         assert self.data.held_out is not None
         loss, targets, figures = self._held_out_loss(self.data.held_out)
         progress.evaluated_at = progress.step
         if progress.step == 0:
             progress.base_loss = loss
+        elif math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_step = loss, progress.step
         margin = self.run.train.early_stopping.min_improvement if self.run.train.early_stopping else 0.0
-        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss - margin):
-            progress.best_loss, progress.best_step, progress.since_best = loss, progress.step, 0
+        if math.isfinite(loss) and (progress.to_beat is None or loss < progress.to_beat - margin):
+            progress.to_beat, progress.since_best = loss, 0
         else:
             progress.since_best += 1
         progress.final_loss = loss
@@ -377,21 +390,43 @@ class _Worker:
         if progress.finished:
             frozen = self.strategy.frozen()
             if self.world.is_first:
-                step = progress.best_step if self.run.train.keep_best and progress.best_step else progress.step
-                if progress.best_step == 0:
-                    self.warn("no evaluation was better than the base's; the artefact is of the last step")
-                trained = commits.read(commits.place_of(self.run.folder, step)).state.model
-                summary["artefact_step"] = step
-                with self.equipment.lend() as model:
-                    summary["artefact"] = write_artefact(self.run, model, trained, frozen, self.data, summary)
+                self._leave_artefact(summary, frozen)
             else:
-                pass_frozen(self.run, frozen)
+                artefact.pass_frozen(self.run, frozen)
         self.emit(kind="end", reason=reason)
         if self.log:
             self.log.close()
         self.world.barrier()
         self.strategy.close()
         return summary
+
+    def _leave_artefact(self, summary: dict[str, Any], frozen: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the artefact and tell the summary what it is. Where the best commit is lost, an artefact of that step
+        which is there already stays; else it is of the last."""
+        progress, folder = self.progress, self.run.folder
+        step = progress.meant(self.run.train.keep_best)
+        trained: Mapping[str, Tensor] | None = None
+        try:
+            trained = commits.read(commits.place_of(folder, step)).state.model
+        except ArtefactError as error:
+            if step == progress.step:
+                raise
+            lost = f"the commit of the best step, {step:,}, is lost ({error.what})"
+            if artefact.step_and_loss(folder) == (step, progress.best_loss):
+                self.warn(f"{lost}; the artefact that was made of it stays")
+                artefact.pass_frozen(self.run, frozen)
+            else:
+                self.warn(f"{lost}; the artefact is of the last step, {progress.step:,}")
+                step = progress.step
+                trained = commits.read(commits.place_of(folder, step)).state.model
+        summary["artefact"] = artefact.place_of(folder)
+        summary["artefact_step"], summary["artefact_loss"] = step, progress.loss_at(step)
+        best, base = progress.best_loss, progress.base_loss
+        if base is not None and (best is None or best >= base):
+            self.warn(f"no evaluation was better than the base's; the artefact is of step {step:,} all the same")
+        if trained is not None:
+            with self.equipment.lend() as model:
+                artefact.write_artefact(self.run, model, trained, frozen, self.data, summary)
 
     def _summary(self, reason: str) -> dict[str, Any]:
         progress = self.progress
@@ -400,6 +435,7 @@ class _Worker:
             "folder": self.run.folder,
             "artefact": None,
             "artefact_step": None,
+            "artefact_loss": None,
             "method": self.run.method.name,
             "reason": reason,
             "steps": progress.step,

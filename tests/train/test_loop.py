@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from ftray.data.order import Order
 from ftray.data.prepared import Row
 from ftray.errors import ConfigError, RunError
 from ftray.model.adapters import lora_config
+from ftray.registry.facts import strict_json
 from ftray.train import loop
+from ftray.train.doctor import examine
 from ftray.train.loop import train_worker
 from ftray.train.world import World
 from tests.toys import MemoryData, Recorder, random_rows, toy_run
@@ -309,6 +313,84 @@ def test_early_stopping_ends_and_keeps_the_best(tmp_path):
     assert summary["reason"] == "early stopping"
     assert summary["steps"] < 200
     assert summary["artefact_step"] == (summary["best_step"] or summary["steps"])
+
+
+def measure(monkeypatch, losses: list[float]) -> None:
+    """Have every second step's held-out loss be one of these, the base's first."""
+    monkeypatch.setattr(loop._Worker, "_held_out_loss", lambda worker, _: (losses[worker.progress.step // 2], 1, {}))
+
+
+EVALUATED = ("train.evaluate_every=2", "train.steps=8", "data.held_out_fraction=0.1")
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep_best", "step", "loss"),
+    [
+        ([1.0, 3.0, 2.0, 2.5, 2.7], True, 4, 2.0),
+        ([1.0, 3.0, 2.0, 2.5, 2.7], False, 8, 2.7),
+        ([3.0, 1.0, 0.5, 2.0, 0.7], True, 4, 0.5),
+        ([3.0, 1.0, 0.5, 2.0, 0.7], False, 8, 0.7),
+        ([1.0, *[math.nan] * 4], True, 8, None),
+    ],
+)
+def test_what_is_said_of_the_artefact_is_its_own(tmp_path, monkeypatch, losses, keep_best, step, loss):
+    measure(monkeypatch, losses)
+    channel, summary = trained(toy_run(tmp_path, *EVALUATED, f"train.keep_best={keep_best}"), held_out=HELD_OUT)
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (step, loss)
+    facts = strict_json((tmp_path / "artefact/ftray.json").read_bytes(), "ftray.json")
+    assert (facts["step"], facts["metrics"]["artefact_loss"]) == (step, loss)
+    card = (tmp_path / "artefact/README.md").read_text()
+    assert (f"| {losses[0]:.4f} | {loss:.4f} |" in card) if loss else ("## Results" not in card)
+    warned = [event["text"] for event in channel.of("warning")]
+    assert bool(warned) == (losses[0] == 1.0)
+    assert all("no evaluation was better than the base's" in text and f"step {step}" in text for text in warned)
+
+
+def test_the_lowest_loss_is_kept_whatever_early_stopping_counts_as_better(tmp_path, monkeypatch):
+    measure(monkeypatch, [1.0, 0.9, 0.95, 0.97, 0.5])
+    stopping = "train.early_stopping={patience: 3, min_improvement: 0.2}"
+    _, summary = trained(toy_run(tmp_path, *EVALUATED, stopping), held_out=HELD_OUT)
+    assert (summary["reason"], summary["steps"]) == ("early stopping", 6)
+    assert (summary["best_step"], summary["artefact_step"], summary["artefact_loss"]) == (2, 2, 0.9)
+
+
+def lose(commit: Path, how: str) -> None:
+    if how == "gone":
+        shutil.rmtree(commit)
+    else:
+        weights = commit / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("how", "step", "loss"), [("gone", 6, 1.5), ("damaged", 8, 2.2)])
+def test_a_run_ends_without_its_best_commit(tmp_path, monkeypatch, how, step, loss):
+    """What is gone is known when the run goes on, so another is kept in time; what is damaged, at the end alone."""
+    measure(monkeypatch, [3.0, 1.0, 2.0, 1.5, 2.2])
+    run = toy_run(tmp_path, *EVALUATED, "train.keep_last=1")
+    trained(run, Recorder(stop_at=4), held_out=HELD_OUT)
+    lose(tmp_path / "commits/step-00000002", how)
+    channel, summary = trained(run, held_out=HELD_OUT)
+    assert ["the commit of the best step, 2" in event["text"] for event in channel.of("warning")] == [True]
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (step, loss)
+    assert not [found for found in examine(str(tmp_path)).findings if found.where.endswith("/artefact")]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_an_artefact_outlives_the_commit_it_was_made_of(tmp_path, monkeypatch, how):
+    measure(monkeypatch, [3.0, 1.0, 2.0, 1.5, 2.2])
+    run = toy_run(tmp_path, *EVALUATED)
+    trained(run, held_out=HELD_OUT)
+    before = adapter(tmp_path)
+    lose(tmp_path / "commits/step-00000002", how)
+    channel, summary = trained(run, held_out=HELD_OUT)
+    assert "stays" in channel.of("warning")[0]["text"]
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (2, 1.0)
+    assert same(before, adapter(tmp_path))
+    shutil.rmtree(tmp_path / "artefact")
+    _, summary = trained(run, held_out=HELD_OUT)
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (8, 2.2)
 
 
 def test_full_tuning_saves_a_model_that_transformers_loads(tmp_path):

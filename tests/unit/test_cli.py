@@ -398,7 +398,8 @@ def test_data_description() -> None:
 
 SUMMARY: dict[str, Any] = {
     "name": "a", "folder": "runs/a", "artefact": "runs/a/artefact", "steps": 100, "seconds": 61.0, "base_loss": 4.0,
-    "final_loss": 1.1, "best_loss": 1.0, "best_step": 90, "trainable_parameters": 10, "parameters": 1000,
+    "final_loss": 1.1, "best_loss": 0.9, "best_step": 80, "trainable_parameters": 10, "parameters": 1000,
+    "artefact_step": 90, "artefact_loss": 1.0,
     "target_tokens": 5, "target_tokens_per_second": 640.0, "skipped_steps": 1, "peak_memory_gib": 0.5,
     "reason": "finished", "method": "qlora", "workers": 2, "resumed_from": 50,
 }  # fmt: skip
@@ -415,7 +416,7 @@ def test_summary() -> None:
         "with PEFT",
     ):
         assert part in told
-    nothing = dict.fromkeys(("base_loss", "best_loss", "final_loss", "resumed_from"))
+    nothing = dict.fromkeys(("base_loss", "best_loss", "final_loss", "artefact_loss", "resumed_from"))
     bare = summary_text(SUMMARY | nothing | {"method": "full"}, None)
     assert "held-out" not in bare
     assert "with transformers" in bare

@@ -138,6 +138,14 @@ def test_base_against_tuned(folder):
     assert "1 min 32 s" in page.text
 
 
+def test_tuned_is_what_the_artefact_holds(folder):
+    """Not the best where that commit was lost."""
+    (folder / "summary.json").write_text(json.dumps({"reason": "finished", "artefact_step": 40}))
+    page = _page(folder)
+    assert page.row("Loss, nats per target token")[1:] == ["4.0000", "1.2500", "0.312"]
+    assert page.row("Step")[2] == "40 (last)"
+
+
 def test_without_keep_best_the_last_evaluation_counts(folder):
     run = parse_run(RUN, "cheese.yaml", ["train.keep_best=false"])
     (folder / "run.yaml").write_text(run.to_yaml())
