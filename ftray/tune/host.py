@@ -237,12 +237,15 @@ def adopt(run: Run, digest: str, source: str) -> None:
     from ftray.train.identity import identity
 
     commit = commits.read(source)
-    commit.identity = identity(run, digest)
-    commit.progress.finished = None
+    commit.identity, progress = identity(run, digest), commit.progress
+    progress.finished = None
+    # its best commit stays where it is; one of that step here has other weights
+    progress.best_loss = progress.loss_at(progress.step)
+    progress.best_step = None if progress.best_loss is None else progress.step
     fs, path = filesystem(join(run.folder, "metrics.jsonl"))
-    commit.progress.metrics_bytes = fs.size(path) if fs.exists(path) else 0
+    progress.metrics_bytes = fs.size(path) if fs.exists(path) else 0
     for step in commits.steps_of(run.folder):
-        if step > commit.progress.step:
+        if step > progress.step:
             fs.rm(filesystem(commits.place_of(run.folder, step))[1], recursive=True)
     commits.write(run.folder, commit)
 

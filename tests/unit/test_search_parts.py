@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from ftray.config import parse_run
 from ftray.errors import ConfigError
+from ftray.train import commits
+from ftray.train.commits import Commit, Progress, State
 from ftray.tune.driver import Hunt, open_ledger
+from ftray.tune.host import adopt
 from ftray.tune.ledger import Ledger
 from ftray.tune.outcome import front, outcome
 from ftray.tune.samplers import sampler_of
 from ftray.tune.schedulers import Recorded, scheduler_of
+from tests.toys import toy_run
 from tests.unit.test_search_config import a_search
 
 
@@ -313,3 +318,17 @@ def test_each_node_has_workers_with_a_base_of_its_own(nodes, free, found) -> Non
     from ftray.tune.driver import divided
 
     assert divided(nodes, free) == found
+
+
+@pytest.mark.parametrize(("best", "evaluated_at", "kept"), [(4, 8, (8, 2.0)), (8, 8, (8, 1.0)), (4, 6, (None, None))])
+def test_weights_of_another_trial_do_not_bring_its_best_commit_along(tmp_path, best, evaluated_at, kept) -> None:
+    """A commit of that step in the trial's own folder is of other weights."""
+    theirs = Progress(step=8, best_step=best, best_loss=1.0, final_loss=2.0, evaluated_at=evaluated_at)
+    source = commits.write(str(tmp_path / "theirs"), Commit(theirs, State({"a": torch.ones(1)}, {})))
+    run = toy_run(tmp_path / "mine")
+    for step in (4, 12):
+        commits.write(run.folder, Commit(Progress(step=step), State({"a": torch.zeros(1)}, {})))
+    adopt(run, "digest", source)
+    assert commits.steps_of(run.folder) == [4, 8]
+    progress = commits.read(commits.place_of(run.folder, 8)).progress
+    assert (progress.best_step, progress.best_loss) == kept
