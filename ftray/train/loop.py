@@ -268,9 +268,13 @@ class _Worker:
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        bad = [ids for ids, value in zip(rows.row_ids, losses, strict=True) if not math.isfinite(value)]
-        mine = [self.data.train.provenance(int(i)) for ids in (bad or rows.row_ids) for i in ids]
-        names = [name for part in self.world.gather(mine) for name in part]
+        mine = [
+            ([self.data.train.provenance(int(i)) for i in ids], math.isfinite(value))
+            for ids, value in zip(rows.row_ids, losses, strict=True)
+        ]
+        told = [each for part in self.world.gather(mine) for each in part]
+        bad = [names for names, finite in told if not finite]  # none: a gradient is to blame
+        names = [name for names in bad or [names for names, _ in told] for name in names]
         reason = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
         self.emit(kind="skip", step=progress.step, rows=names, reason=reason)
         if progress.skipped_in_a_row > self.run.train.max_skipped:

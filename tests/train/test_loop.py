@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from ftray.errors import ConfigError, RunError
 from ftray.model.adapters import lora_config
 from ftray.registry.facts import strict_json
 from ftray.train import loop
+from ftray.train.commits import Progress
 from ftray.train.doctor import examine
 from ftray.train.loop import train_worker
 from ftray.train.world import World
@@ -289,6 +292,36 @@ def test_a_nan_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
     assert skip["step"] == 3
     assert f"memory:{int(Order(0, [64], [1.0]).rows(0, 64)[17]) + 1}" in skip["rows"]
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
+
+
+class OneByOne:
+    """A world whose workers come one after the other: each gets what those before it gave, and its own."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        self.given.append(value)
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("losses", "named"),
+    [
+        ([[1.0, 1.0], [1.0, math.nan]], ["memory:7", "memory:8"]),
+        ([[1.0, math.inf], [math.nan, 1.0]], ["memory:3", "memory:4", "memory:5", "memory:6"]),
+        ([[1.0, 1.0], [1.0, 1.0]], [f"memory:{i}" for i in range(1, 9)]),
+    ],
+)
+def test_a_skipped_step_names_the_rows_of_bad_micro_batches_alone(tmp_path, losses, named):
+    """Of all workers; all rows where no loss is to blame."""
+    world, told = OneByOne(), []
+    for rank, mine in enumerate(losses):
+        worker = SimpleNamespace(world=world, progress=Progress(step=1), data=MemoryData(ROWS), run=toy_run(tmp_path))
+        worker.emit = lambda **event: told.append(event)
+        ids = [np.arange(4 * rank, 4 * rank + 2), np.arange(4 * rank + 2, 4 * rank + 4)]
+        loop._Worker._skip(worker, SimpleNamespace(row_ids=ids), mine, math.nan, 1.0)  # type: ignore[arg-type]
+    assert told[-1]["rows"] == named
 
 
 @pytest.mark.faults
