@@ -14,7 +14,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -219,11 +219,12 @@ class _Worker:
                     self.commit(wait=bool(progress.finished) or stop)
                 if progress.finished or stop:
                     break
-                stop = self.step(next(upcoming))
+                stop = self.step(upcoming)
 
-    def step(self, rows: StepRows) -> bool:
-        """One optimizer step. True when the run was asked to stop."""
-        started = time.perf_counter()
+    def step(self, upcoming: Iterator[StepRows]) -> bool:
+        """One optimizer step, which takes as long as its rows are waited for too. True when the run was asked to
+        stop."""
+        started, rows = time.perf_counter(), next(upcoming)
         progress, run = self.progress, self.run
         rate = run.train.learning_rate * rate_factor(run.train.schedule, progress.step, self.steps)
         seeds = [mix(run.seed, progress.step, self.world.rank, i) for i in range(len(rows.micro_batches))]
@@ -456,7 +457,7 @@ class _Worker:
             "target_tokens": progress.target_tokens,
             "target_tokens_per_second": progress.target_tokens / max(progress.train_seconds, 1e-9),
             "skipped_steps": progress.skipped,
-            "peak_memory_gib": peak_memory_gib(self.world.device),
+            "peak_memory_gib": max(self.world.gather(peak_memory_gib(self.world.device))),
             "state_memory": self.world.gather(self.state_memory),
             "unquantized": self.equipment.unquantized,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +207,36 @@ def test_nf4_weights_are_never_repacked_under_training(tmp_path, method):
         quantized = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     assert quantized
     assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in quantized)
+
+
+def test_a_step_is_as_long_as_its_rows_are_waited_for(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    steps = loop.Feed.steps
+
+    def slow(feed, cursor, count):
+        for rows in steps(feed, cursor, count):
+            clock.now += 5.0
+            yield rows
+
+    monkeypatch.setattr(loop.Feed, "steps", slow)
+    fake = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=time.monotonic, time=time.time)
+    monkeypatch.setattr(loop, "time", fake)
+    channel, summary = trained(toy_run(tmp_path, "train.steps=3"))
+    assert [event["seconds"] for event in channel.of("step")] == [5.0, 5.0, 5.0]
+    assert summary["seconds"] == 15.0
+    assert summary["target_tokens_per_second"] == summary["target_tokens"] / 15.0
+
+
+def test_peak_memory_is_that_of_the_worker_which_has_most(tmp_path, monkeypatch):
+    class Larger(World):
+        """Beside a worker that always has one more."""
+
+        def gather(self, value):
+            return [value, value + 1.0] if value == 2.0 else [value]
+
+    monkeypatch.setattr(loop, "peak_memory_gib", lambda _device: 2.0)
+    summary = train_worker(toy_run(tmp_path, "train.steps=1"), MemoryData(ROWS), Larger(), Recorder())  # type: ignore[arg-type]
+    assert summary["peak_memory_gib"] == 3.0
 
 
 def test_stop_commits_and_the_same_run_goes_on(tmp_path):
