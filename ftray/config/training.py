@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from ftray.config.strict import Strict, by_name
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "lion", "adafactor", "mezo"]
+COMMIT_SECONDS = 600.0
+"""Longest training without a commit, where nobody says how often."""
 BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
@@ -83,7 +85,8 @@ class Train(Strict):
     evaluate_rows: int | None = Field(None, ge=1)
     """Held-out rows used at most; null: all."""
     commit_every: int | None = Field(None, ge=1)
-    """Steps between commits; null: at each evaluation and at the end."""
+    """Steps between commits; null: at each evaluation, and after ten minutes without a commit. The last step is
+    committed whatever this says."""
     keep_last: int = Field(2, ge=1)
     """Newest commits that are kept."""
     keep_best: bool = True

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ftray.config import Run
+from ftray.config.training import COMMIT_SECONDS
 from ftray.data.order import Order, assign
 from ftray.data.prepared import PreparedData, Rows
 from ftray.data.tokenizer import load_tokenizer
@@ -157,6 +158,10 @@ class _Worker:
         )
         self.progress = Progress()
         self.committed: int | None = None
+        self.committed_at = time.monotonic()
+        """When the last commit began to count, or the loop began."""
+        self.overdue = False
+        """Rank 0 has not committed for long; all workers know it, or none."""
 
     # ------------------------------------------------------------------------------------------------------- resuming
 
@@ -204,7 +209,7 @@ class _Worker:
     def train(self) -> None:
         progress, train = self.progress, self.run.train
         upcoming = self.feed.steps(progress.cursor, self.steps - progress.step)
-        stop = False
+        self.committed_at, stop = time.monotonic(), False
         with contextlib.closing(upcoming), self.writer:  # type: ignore[type-var]
             while not progress.finished:
                 self.written()
@@ -232,8 +237,9 @@ class _Worker:
         losses = torch.stack(sums).tolist()
         if progress.step <= self.first_step + 1:  # in the middle of a step, gradients and all; the first makes states
             self.state_memory = self.strategy.held()
-        wish = float(self.channel.stop_requested())
-        loss_sum, stop, *taken = self.world.sum(sum(losses), wish, *self.objective.take())
+        wishes = float(self.channel.stop_requested()), float(self._overdue())
+        loss_sum, stop, overdue, *taken = self.world.sum(sum(losses), *wishes, *self.objective.take())
+        self.overdue = overdue > 0
         loss = loss_sum / rows.divisor
         norm = self.strategy.update(rate, apply=math.isfinite(loss))
         if finite := math.isfinite(loss) and math.isfinite(norm):
@@ -353,7 +359,12 @@ class _Worker:
             return True
         if train.commit_every:
             return progress.step % train.commit_every == 0
-        return progress.evaluated_at == progress.step
+        return progress.evaluated_at == progress.step or self.overdue
+
+    def _overdue(self) -> bool:
+        """Rank 0's wish for a commit. One that is still being written is waited for by no step."""
+        late = time.monotonic() - self.committed_at >= COMMIT_SECONDS
+        return late and self.world.is_first and not self.writer.busy
 
     def commit(self, *, wait: bool) -> None:
         """Take a commit, after every worker has come here, and begin to write it; with `wait` it counts at the end.
@@ -383,6 +394,7 @@ class _Worker:
         """Tell of the commit under way once it counts. Raises RunError where it could not be written."""
         if done := self.writer.done(wait=wait):
             step, where = done
+            self.committed_at = time.monotonic()
             self.emit(kind="commit", step=step, folder=where)
 
     # ------------------------------------------------------------------------------------------------------ finishing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +22,12 @@ from ftray.data.prepared import Row
 from ftray.errors import ConfigError, RunError
 from ftray.model.adapters import lora_config
 from ftray.registry.facts import strict_json
-from ftray.train import loop
+from ftray.train import commits, loop
 from ftray.train.commits import Progress
 from ftray.train.doctor import examine
 from ftray.train.loop import train_worker
 from ftray.train.world import World
+from ftray.train.writer import Writer
 from tests.toys import MemoryData, Recorder, random_rows, toy_run
 
 ROWS = random_rows(64)
@@ -237,6 +239,32 @@ def test_peak_memory_is_that_of_the_worker_which_has_most(tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "peak_memory_gib", lambda _device: 2.0)
     summary = train_worker(toy_run(tmp_path, "train.steps=1"), MemoryData(ROWS), Larger(), Recorder())  # type: ignore[arg-type]
     assert summary["peak_memory_gib"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("override", "written_by", "steps"),
+    [("", 0, [7, 15, 20]), ("", 12, [7, 19, 20]), ("train.commit_every=6", 0, [6, 12, 18, 20])],
+)
+def test_ten_minutes_without_a_commit_are_enough(tmp_path, monkeypatch, override, written_by, steps):
+    """Each step takes 100 s; the first commit is on its way until step `written_by`, and none is begun meanwhile."""
+    clock, taken = SimpleNamespace(now=0.0), threading.Event()
+    complete, done = commits.complete, Writer.done
+
+    class Slow(Recorder):
+        def emit(self, event):
+            super().emit(event)
+            if event["kind"] == "step":
+                clock.now += 100.0
+                if event["step"] >= written_by:
+                    taken.set()
+
+    monkeypatch.setattr(commits, "complete", lambda staged: (taken.wait(), complete(staged))[1])
+    monkeypatch.setattr(Writer, "done", lambda writer, wait=False: done(writer, wait=wait or taken.is_set()))
+    fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter, time=time.time)
+    monkeypatch.setattr(loop, "time", fake)
+    channel, _ = trained(toy_run(tmp_path, "train.keep_last=9", *filter(None, [override])), Slow())
+    assert [event["step"] for event in channel.of("commit")] == steps
+    assert commits.steps_of(str(tmp_path)) == steps
 
 
 def test_stop_commits_and_the_same_run_goes_on(tmp_path):

@@ -239,6 +239,16 @@ def test_steps_text() -> None:
     assert limited.startswith("2 epochs of at most 100 rows: at most 14 steps\n")
 
 
+def test_steps_text_says_when_commits_come() -> None:
+    held_out = ("data.held_out_fraction=0.1", "train.evaluate_every=20")
+    for overrides, said in (
+        ((), "commit at the end, and after 10 minutes without one"),
+        (held_out, "commit at the end, and every 20 steps, and after 10 minutes without one"),
+        ((*held_out, "train.commit_every=7"), "commit at the end, and every 7 steps"),
+    ):
+        assert steps_text(a_run(*overrides)).splitlines()[-1] == said
+
+
 def test_words() -> None:
     assert (count(1234567), some(1, "row"), some(2000, "row")) == ("1,234,567", "1 row", "2,000 rows")
     assert (percent(0.005223), percent(0.5), percent(1.0)) == ("0.522 %", "50 %", "100 %")
