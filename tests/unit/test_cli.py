@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import queue
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from ftray.cli.data import describe, histogram, marked, show_sample
 from ftray.cli.main import call
 from ftray.cli.quickstart import answers_text, next_text, quickstart_text
 from ftray.cli.signals import stop_on_signal
-from ftray.cli.train import summary_text
+from ftray.cli.train import summary_text, train_run
 from ftray.cli.words import count, duration, facts, percent, size, some, table
 from ftray.config import Run, parse_run
 from ftray.errors import RunError, RunStopped
@@ -421,13 +423,15 @@ def test_summary() -> None:
         "100 in 1 min 01 s (finished)",
         "4.0000 → 1.0000, 25 % of the base's, at step 90",
         "after step 50",
+        "640 target tokens/s on 2 workers",
         "runs/a/artefact",
         "runs/a/report.html",
         "with PEFT",
     ):
         assert part in told
     nothing = dict.fromkeys(("base_loss", "best_loss", "final_loss", "artefact_loss", "resumed_from"))
-    bare = summary_text(SUMMARY | nothing | {"method": "full"}, None)
+    bare = summary_text(SUMMARY | nothing | {"method": "full", "workers": 1}, None)
+    assert "on 1 worker\n" in bare
     assert "held-out" not in bare
     assert "with transformers" in bare
 
@@ -468,6 +472,32 @@ def test_the_first_signal_asks_and_the_handlers_come_back() -> None:
             break
         time.sleep(0.01)
     assert said[0].startswith("SIGTERM: stopping after this step")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (["status", "progress"], "SIGINT: stopping; training has not begun yet; once more leaves at once"),
+        (["progress", "start", "step"], "SIGINT: stopping after this step, with a commit; once more leaves at once"),
+    ],
+)
+def test_what_a_signal_comes_to(monkeypatch: pytest.MonkeyPatch, kinds: list[str], said: str) -> None:
+    """While rows are prepared there is no step to wait for, and none to commit."""
+
+    def train(_run: Run, *, on_event: Any, stop: threading.Event, verbose: bool) -> None:
+        for kind in kinds:
+            on_event({"kind": kind})
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(5)
+        raise RunStopped("stopped")
+
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr("ftray.train.launch.train", train)
+    with pytest.raises(RunStopped):
+        train_run(a_run(), lambda event: told.put(event.get("text")), verbose=False)  # type: ignore[arg-type]
+    while (text := told.get(timeout=5)) is None:
+        pass
+    assert text == said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
