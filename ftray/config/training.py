@@ -92,7 +92,8 @@ class Train(Strict):
     keep_best: bool = True
     """Keep the commit with the lowest held-out loss, and make the artefact of it; false: of the last."""
     early_stopping: EarlyStopping | None = None
-    """End when held-out loss no longer falls; null: never."""
+    """End when held-out loss no longer falls; null: never. A run that ended so goes on when it is given more patience,
+    or null."""
     max_skipped: int = Field(5, ge=0)
     """Steps in a row with a loss or gradient that is not finite before the run stops. Such a step changes nothing."""
 

@@ -55,6 +55,7 @@ class Channel(Protocol):
     def stop_requested(self) -> bool: ...
 
 
+_EARLY = "early stopping"
 _HeldOut = tuple[float, int, dict[str, float]]
 """Mean loss, target tokens, what else the objective tells."""
 
@@ -172,6 +173,8 @@ class _Worker:
             self.strategy.load(self.found)
             self.progress = self.found.progress
             self.committed = self.resumed_from = self.progress.step
+            if self.progress.finished == _EARLY and not self._stops_early():
+                self.progress.finished = None  # it has more patience now
         self.found, self.first_step = None, self.progress.step
         if self.world.is_first:
             self.log = MetricsLog(self.run.folder, self.progress.metrics_bytes)
@@ -207,7 +210,7 @@ class _Worker:
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        progress, train = self.progress, self.run.train
+        progress = self.progress
         upcoming = self.feed.steps(progress.cursor, self.steps - progress.step)
         self.committed_at, stop = time.monotonic(), False
         with contextlib.closing(upcoming), self.writer:  # type: ignore[type-var]
@@ -216,8 +219,8 @@ class _Worker:
                 if self._evaluation_due():
                     self.evaluate()
                     stop = self.world.sum(float(self.channel.stop_requested()))[0] > 0 or stop
-                if train.early_stopping and progress.since_best >= train.early_stopping.patience:
-                    progress.finished = "early stopping"
+                if self._stops_early():
+                    progress.finished = _EARLY
                 if progress.step >= self.steps:
                     progress.finished = "finished"
                 if progress.finished or stop or self._commit_due():
@@ -225,6 +228,10 @@ class _Worker:
                 if progress.finished or stop:
                     break
                 stop = self.step(upcoming)
+
+    def _stops_early(self) -> bool:
+        early = self.run.train.early_stopping
+        return early is not None and self.progress.since_best >= early.patience
 
     def step(self, upcoming: Iterator[StepRows]) -> bool:
         """One optimizer step, which takes as long as its rows are waited for too. True when the run was asked to

@@ -446,6 +446,22 @@ def test_the_lowest_loss_is_kept_whatever_early_stopping_counts_as_better(tmp_pa
     assert (summary["best_step"], summary["artefact_step"], summary["artefact_loss"]) == (2, 2, 0.9)
 
 
+@pytest.mark.parametrize("then", ["{patience: 3}", "null"])
+def test_a_run_that_ended_early_goes_on_with_more_patience(tmp_path, monkeypatch, then):
+    measure(monkeypatch, [3.0, 1.0, 1.5, 2.0, 0.5])
+    first = toy_run(tmp_path / "a", *EVALUATED, "train.early_stopping={patience: 2}")
+    _, summary = trained(first, held_out=HELD_OUT)
+    assert (summary["reason"], summary["steps"], summary["artefact_step"]) == ("early stopping", 6, 2)
+    channel, summary = trained(first, held_out=HELD_OUT)
+    assert (summary["reason"], summary["steps"], channel.of("step")) == ("early stopping", 6, [])
+    more = toy_run(tmp_path / "a", *EVALUATED, f"train.early_stopping={then}")
+    _, summary = trained(more, held_out=HELD_OUT)
+    assert (summary["reason"], summary["steps"], summary["resumed_from"]) == ("finished", 8, 6)
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (8, 0.5)
+    trained(toy_run(tmp_path / "b", *EVALUATED, f"train.early_stopping={then}"), held_out=HELD_OUT)
+    assert same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+
+
 def lose(commit: Path, how: str) -> None:
     if how == "gone":
         shutil.rmtree(commit)
