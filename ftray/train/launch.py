@@ -22,7 +22,7 @@ from typing import Any
 
 from ftray.config import Run
 from ftray.data.prepare import make_plan, prepare
-from ftray.errors import FtrayError, ModelError, RunError, RunStopped
+from ftray.errors import ConfigError, FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
 from ftray.session import cause_of, in_a_job, ray_session, stand_aside
 from ftray.train import commits, native, nodes
@@ -55,6 +55,8 @@ def train(
     started = time.perf_counter()
     preflight(run)
     with ray_session(verbose=verbose, cpus=local_cpus(run)):
+        worker_resources(run)
+        _refuse_on_nodes(run)
         if committed := commits.newest_identity(run.folder):
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())
@@ -118,19 +120,30 @@ def local_cpus(run: Run) -> int:
     return max(os.cpu_count() or 1, run.workers.most)
 
 
+def _refuse_on_nodes(run: Run) -> None:
+    """Raises ConfigError where a machine lacks what offload takes: tools to compile, a place for what goes to NVMe."""
+    if names := native.parts(run):
+        nodes.on_each(_nodes_of_workers(run), native.refuse_nvme, run)
+        nodes.on_each(_nodes_of_workers(run), native.refuse_without_tools, names)
+
+
 def _compile_on_nodes(run: Run, on_event: Emit) -> None:
     """Compile what offload needs of DeepSpeed, once on each machine, before workers wait for it. Raises RunError, and
-    ConfigError where a machine has no place for what goes to NVMe."""
+    ConfigError where a machine that came meanwhile lacks what it takes."""
     names = native.parts(run)
     if not names:
         return
-    here = nodes.working_nodes()
-    if gpus_of_a_worker(run):
-        here = [node for node in here if node["Resources"].get("GPU")]
-    nodes.on_each(here, native.refuse_nvme, run)
+    _refuse_on_nodes(run)
+    here = _nodes_of_workers(run)
     if any(nodes.on_each(here, native.missing, names)):
         on_event({"kind": "status", "text": _COMPILING[names[-1]]})
         nodes.on_each(here, native.compile_parts, names)
+
+
+def _nodes_of_workers(run: Run) -> list[dict[str, Any]]:
+    """Those that workers may be placed on."""
+    here = nodes.working_nodes()
+    return [node for node in here if node["Resources"].get("GPU")] if gpus_of_a_worker(run) else here
 
 
 _COMPILING = {
@@ -259,7 +272,8 @@ def _no_places(failure: Exception | None) -> bool:
 
 
 def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
-    """(resources of one worker, whether it has GPUs), from the run file and what the cluster has."""
+    """(resources of one worker, whether it has GPUs), from the run file and what the cluster has. Raises ConfigError
+    where that can never be enough."""
     import ray
 
     cluster = ray.cluster_resources()
@@ -272,8 +286,9 @@ def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
     for name, each in resources.items() if not in_a_job() else []:  # to a cluster, nodes may come yet
         have, least = cluster.get(name, 0), run.workers.least
         if each * least > have:
-            raise RunError(
-                f"{least} workers × {each:g} {name} = {each * least:g}, the cluster has {have:g}",
+            workers = f"{least} worker{'s' if least > 1 else ''}"
+            raise ConfigError(
+                f"{workers} × {each:g} {name} = {each * least:g}, the cluster has {have:g}",
                 where="workers",
                 hint=f"lower workers.{'min' if run.workers.elastic else 'count'}, or what each worker asks for",
             )
