@@ -12,6 +12,7 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ftray.model.methods import load_trained_state
 from ftray.redact import redact_values
 from ftray.storage import reached
 from ftray.train.card import model_card
-from ftray.train.commits import write_shards
+from ftray.train.commits import take_place, write_shards
 
 FACTS = "ftray.json"
 
@@ -48,13 +49,11 @@ def write_artefact(
     finite."""
     _check(trained)
     target = place_of(run.folder)
-    with tempfile.TemporaryDirectory(prefix="ftray-artefact-") as temporary:
-        stage = Path(temporary)
+    with staged(target) as stage:
         _save(run, model, trained, frozen, stage)
         (stage / "README.md").write_text(model_card(run, summary, data.facts), encoding="utf-8")
         facts = artefact_facts(run, data, summary) | {"files": describe_files(stage)}
         (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        place(stage, target)
     return target
 
 
@@ -179,32 +178,38 @@ def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dic
     }
 
 
+@contextmanager
+def staged(target: str) -> Iterator[Path]:
+    """An empty local folder. At the end of the block it is put at `target`, a path or fsspec URI, whole or not at all,
+    and what was there is replaced. On a local disk it lies beside, where `ftray doctor` finds what a crash left."""
+    with reached(target, lasting=True):
+        if not is_local(target):
+            with tempfile.TemporaryDirectory(prefix="ftray-artefact-") as temporary:
+                yield Path(temporary)
+                with reached(target):
+                    _upload(Path(temporary), target)
+            return
+        path = Path(filesystem(target)[1])
+        stage = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            stage.mkdir(parents=True)
+            yield stage
+            _open_to_others(stage)
+            take_place(stage, path)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
 def _open_to_others(folder: Path) -> None:
-    """The modes that new files have here: the scratch folder, and what safetensors writes, are the owner's alone."""
+    """The modes that new files have here: what safetensors writes is the owner's alone, and a copy has its source's."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def place(stage: Path, target: str) -> None:
-    """Put a finished local folder at a path or fsspec URI, whole or not at all; what was there is replaced."""
-    with reached(target):
-        _place(stage, target)
-
-
-def _place(stage: Path, target: str) -> None:
+def _upload(stage: Path, target: str) -> None:
     fs, path = filesystem(target)
-    if is_local(target):
-        new = Path(path).with_name(f".artefact.{uuid.uuid4().hex[:8]}.part")
-        try:
-            shutil.copytree(stage, new)
-            _open_to_others(new)
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        return
     if fs.exists(path):
         fs.rm(path, recursive=True)
     names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())

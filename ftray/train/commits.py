@@ -188,7 +188,7 @@ def complete(staged: Staged) -> str:
         if is_local(target):
             seal(staged.files, facts)
             _sync(staged.files)
-            _replace(staged.files, Path(path))
+            take_place(staged.files, Path(path))
             return target
         if fs.exists(f"{path}/{MANIFEST}"):
             fs.rm_file(f"{path}/{MANIFEST}")
@@ -254,8 +254,9 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _replace(stage: Path, target: Path) -> None:
-    if target.exists():
+def take_place(stage: Path, target: Path) -> None:
+    """Give a finished folder its name, in place of an older one. Raises OSError where a file is in its way."""
+    if target.is_dir():
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old.part")
         os.rename(target, old)
         os.rename(stage, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -154,6 +155,31 @@ def test_loss_falls_and_the_artefact_is_complete(tmp_path):
     facts = json.loads((tmp_path / "artefact/ftray.json").read_text())
     assert facts["files"]["adapter_model.safetensors"]["size"] > 0
     assert facts["base"]["sha256"]
+
+
+def test_an_artefact_is_written_beside_the_one_it_replaces(tmp_path, monkeypatch):
+    """Not in the system's temporary folder, which may be small; what could not be written leaves the old one alone."""
+    from ftray.train import artefact
+
+    run = toy_run(tmp_path, "train.steps=2")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    trained(run)
+    before = (tmp_path / "artefact/ftray.json").read_bytes()
+    staged = []
+
+    def full(_run, summary, _facts):
+        staged.extend(tmp_path.glob(".artefact.*.part"))
+        raise OSError(errno.ENOSPC, "No space left on device", str(staged[0] / "README.md"))
+
+    monkeypatch.setattr(artefact, "model_card", full)
+    with pytest.raises(RunError, match="no space is left"):
+        trained(run)
+    assert len(staged) == 1
+    assert (tmp_path / "artefact/ftray.json").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".artefact.0123abcd.part").mkdir()
+    (tmp_path / ".artefact.0123abcd.old.part").mkdir()
+    assert len(examine(str(tmp_path)).findings) == 3  # and run.yaml, which a launch writes
 
 
 @pytest.mark.parametrize(
