@@ -24,6 +24,8 @@ EXIT_USER = 2
 EXIT_RUN = 3
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: the same command goes on where this one left off."""
+EXIT_INTERRUPTED = 130
+"""As shells have it for Ctrl-C: there was nothing to commit."""
 
 
 class FtrayError(Exception):

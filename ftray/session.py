@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 
 def in_a_job() -> bool:
     """True inside `ray job submit`, or where RAY_ADDRESS names a cluster."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """CPUs that this process may keep busy: those it may run on, and no more than its container's limit (cgroup v2's
+    `cpu.max`, rounded up). A machine may have many more, and threads beyond the limit only wait for each other."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    inside = Path("/")
+    with suppress(OSError, StopIteration):
+        inside = Path(next(line[3:].strip() for line in own.read_text().splitlines() if line.startswith("0::")))
+    for group in (inside, *inside.parents):
+        with suppress(OSError, ValueError):  # no limit is the word `max`
+            quota, period = (cgroups / group.relative_to("/") / "cpu.max").read_text().split()
+            allowed = min(allowed, max(1, math.ceil(int(quota) / int(period))))
+    return allowed
 
 
 @contextmanager
@@ -41,7 +57,7 @@ def ray_session(*, verbose: bool = False, cpus: int | None = None) -> Iterator[N
     if in_a_job():
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **options)
     else:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+        ray.init(address="local", num_cpus=cpus or usable_cpus(), include_dashboard=False, **options)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from ray import serve
 
 from ftray.errors import ConfigError
 from ftray.registry.store import Registry
+from ftray.session import usable_cpus
 
 from .api import create_api
 from .catalog import Catalog
@@ -125,7 +126,7 @@ class Ingress:
             link=Link(ServeReplicas(engine), name, settings.bounds.unread_bytes),
             metrics=Metrics(name),
             tenants=tenants,
-            cores=os.cpu_count() or 1,
+            cores=usable_cpus(),
             sees_clients=sees_clients,
         )
         self._watch = asyncio.get_running_loop().create_task(self.endpoint.watch())

@@ -17,6 +17,8 @@ from .config import ServeFile, listening, with_absolute_paths
 
 READY_SECONDS = 600.0
 _EVERY_ADDRESS = ("0.0.0.0", "::", "")
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks this machine itself: HTTP_PROXY is for others."""
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def _await_ready(address: str, wait: Callable[[], None]) -> None:
     while time.monotonic() < end:
         wait()
         try:
-            with urllib.request.urlopen(f"{address}/readyz", timeout=5):
+            with direct.open(f"{address}/readyz", timeout=5):
                 return
         except (HTTPError, URLError, OSError):
             time.sleep(0.2)

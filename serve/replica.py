@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import Counter
@@ -34,6 +33,7 @@ from ftray.registry.base import BaseFacts
 from ftray.registry.cache import Cache
 from ftray.registry.ref import Ref
 from ftray.registry.store import Registry
+from ftray.session import usable_cpus
 
 from .config import ServeConfig
 from .wire import Accepted, Refused, Reply, join, merge
@@ -303,6 +303,6 @@ def make_base(config: ServeConfig) -> Base:
     """The base of a replica, on its GPU if it has one. Raises ModelError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":  # Ray sets one thread for each CPU that it reserves
-        torch.set_num_threads(config.replicas.threads or max(1, (os.cpu_count() or 1) // config.replicas.max))
+        torch.set_num_threads(config.replicas.threads or max(1, usable_cpus() // config.replicas.max))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     return load_base(config.model, quantized=config.quantization == "nf4", dtype=dtype, device=device)

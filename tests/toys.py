@@ -109,7 +109,8 @@ def dpo_run(folder: Any, *overrides: str, method: str = "{name: lora, rank: 4, a
 
 
 def toy_run(folder: Any, *overrides: str, method: str = "{name: lora, rank: 4, alpha: 8}") -> Run:
-    """A short fp32 LoRA run of the embedded base in `folder`."""
+    """A short fp32 LoRA run of the embedded base in `folder`; of one or two steps, the last has the whole rate."""
+    steps = next((int(item.split("=")[1]) for item in overrides if item.startswith("train.steps=")), 20)
     text = f"""
 name: toy
 model: {{path: embedded}}
@@ -121,7 +122,7 @@ train:
   micro_batch_rows: 8
   learning_rate: 2e-3
   precision: fp32
-  schedule: {{name: linear, warmup: 2}}
+  schedule: {{name: linear, warmup: {min(2, steps - 1)}}}
 output: {folder}
 """
     return parse_run(text, "toy run", overrides)

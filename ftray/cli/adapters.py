@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ftray.cli.publish import open_registry
-from ftray.cli.words import facts, size, some, table
+from ftray.cli.words import facts, json_text, size, some, table
 from ftray.errors import ConfigError
 from ftray.redact import redact
 from ftray.registry.ref import Ref, parse_name
@@ -115,7 +114,7 @@ def _done(ref: Ref, told: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value, indent=2, ensure_ascii=False))
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:

@@ -81,6 +81,6 @@ def load(run: str, overrides: list[str] | None) -> Any:
 
 def print_json(value: Any) -> None:
     """On standard output, for programs."""
-    import json
+    from ftray.cli.words import json_text
 
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value, indent=2, ensure_ascii=False))

@@ -10,12 +10,13 @@ from typing import Any
 
 from ftray.cli.words import count, facts, percent, size, some, table
 from ftray.config import LOW_RANK, Full, Run, Source
-from ftray.config.training import COMMIT_SECONDS
+from ftray.config.training import COMMIT_SECONDS, OWNERS
 from ftray.errors import DataError
 from ftray.manifest import is_local
 from ftray.model.advice import Advice, cheapest_fit
 from ftray.model.counts import targeted
 from ftray.model.plan import Plan, make_plan
+from ftray.model.positions import beyond
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
 from ftray.model.states import GIB, PLACES
@@ -170,6 +171,8 @@ def steps_text(run: Run) -> str:
     final = train.learning_rate * schedule.final
     shape = schedule.name if schedule.name == "constant" else f"{schedule.name} to {final:g}"
     lines = [amount, f"rate up to {train.learning_rate:g} in {warmup}, then {shape}"]
+    if steps is not None and warmup_steps(schedule, steps) >= steps:
+        lines.append("the warm-up takes all of them, so the rate never reaches its peak: lower train.schedule.warmup")
     every = train.evaluate_every
     if run.data.held_out or run.data.held_out_fraction:
         lines.append("evaluation at the start and the end" + (f", and every {some(every, 'step')}" if every else ""))
@@ -198,10 +201,13 @@ def _rows_at_most(run: Run) -> int | None:
 
 def model_text(check: Check) -> str:
     s = check.shapes
-    return (
+    lines = [
         f"{check.run.model.path}: {s.family}, {s.layers} layers of {s.hidden}, vocabulary {count(s.vocabulary)},"
-        f" {count(s.parameters)} parameters\nshape from {check.origin}"
-    )
+        f" {count(s.parameters)} parameters",
+        f"shape from {check.origin}",
+        beyond(check.run, s.positions),
+    ]
+    return "\n".join(line for line in lines if line)
 
 
 def trained_text(check: Check) -> str:
@@ -220,6 +226,8 @@ def trained_text(check: Check) -> str:
 def learning_text(run: Run) -> str:
     """Optimizer and objective, and what is divided among the workers."""
     text = f"{run.objective.name} by {run.train.optimizer}"
+    if run.train.optimizer in OWNERS["betas"]:
+        text += ", β {:g} and {:g}".format(*run.train.betas)
     if (strategy := run.strategy) is None:
         return text
     text += f", ZeRO {strategy.zero}"

@@ -9,7 +9,6 @@ so that a job's log stays readable.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import threading
@@ -18,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from ftray.cli.words import count, duration, percent, some
+from ftray.cli.words import count, duration, json_text, percent, some
 
 Event = dict[str, Any]
 _PROGRESS_SECONDS = 5.0
@@ -145,7 +144,7 @@ class JsonConsole(PlainConsole):
     def __call__(self, event: Event) -> None:
         named = {"run": self.title, **event} if self.title else event
         with self._lock:
-            print(json.dumps(named, default=str), file=self.out, flush=True)
+            print(json_text(named), file=self.out, flush=True)
 
 
 class TerminalConsole(PlainConsole):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftray.cli.console import open_console
 from ftray.cli.signals import stop_on_signal
-from ftray.cli.words import count, duration, facts, percent, some
+from ftray.cli.words import count, duration, facts, json_text, percent, some
 from ftray.config.creation import Creation, Instructions, load_creation
 from ftray.errors import RunError
 
@@ -27,7 +27,7 @@ def create_command(recipe: str, overrides: list[str], *, dry: bool, as_json: boo
     ):
         found, why = create(creation, console, stop.is_set)
     if as_json:
-        print(json.dumps({"kind": "creation", **found, "ended": why}, ensure_ascii=False))
+        print(json_text({"kind": "creation", **found, "ended": why}, ensure_ascii=False))
     else:
         print(f"\n{summary(found)}\n\n{to_train(creation, found)}")
     if why is not None:

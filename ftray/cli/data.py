@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftray.cli.console import open_console
-from ftray.cli.words import count, duration, facts, percent, some
+from ftray.cli.words import count, duration, facts, json_text, percent, some
 from ftray.config import Run
 from ftray.errors import EXIT_OK
 from ftray.manifest import join
@@ -37,7 +36,7 @@ def data_command(run: Run, *, samples: int, as_json: bool, verbose: bool) -> int
     shown = sample_rows(run, prepared, samples)
     if as_json:
         listed = [{"from": where, "parts": parts} for where, parts in shown]
-        print(json.dumps({**prepared.facts, "uri": uri, "samples": listed}, indent=2, ensure_ascii=False))
+        print(json_text({**prepared.facts, "uri": uri, "samples": listed}, indent=2, ensure_ascii=False))
         return EXIT_OK
     print(f"\n{describe(run, prepared.facts, uri)}")
     for where, parts in shown:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
+from ftray.cli.words import json_text
 from ftray.config import load_run
 from ftray.errors import EXIT_OK, EXIT_RUN
 from ftray.manifest import filesystem
@@ -21,7 +21,7 @@ def doctor_command(run: str, *, mends: bool, as_json: bool) -> int:
     before = examine(folder_of(run))
     after = mend(before) if mends else before
     if as_json:
-        print(json.dumps(to_json(before, after, mends=mends), indent=2, ensure_ascii=False))
+        print(json_text(to_json(before, after, mends=mends), indent=2, ensure_ascii=False))
     else:
         print(describe(before, after, mends=mends))
     return EXIT_OK if after.goes_on else EXIT_RUN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from ftray.cli.console import open_console
-from ftray.cli.words import count, duration, facts, table
+from ftray.cli.words import count, duration, facts, json_text, table
 from ftray.config import Evaluation, Run, load_run
 from ftray.config.explain import explain
 from ftray.errors import ConfigError
@@ -62,7 +61,7 @@ def evaluate_command(
     found = to_json(result)
     report = _report(folder, console) if folder is not None else None
     if as_json:
-        print(json.dumps({"kind": "evaluation", **found, "written": written, "report": report}, ensure_ascii=False))
+        print(json_text({"kind": "evaluation", **found, "written": written, "report": report}, ensure_ascii=False))
         return
     print(f"\n{result_text(found)}\n")
     places = [("answers", written)] if written else []
@@ -103,7 +102,7 @@ def matrix_command(
         written = write_matrix(folder, matrix) if folder is not None else None
     found, report = matrix_json(matrix), _report(folder, console) if folder is not None else None
     if as_json:
-        print(json.dumps({"kind": "matrix", **found, "written": written, "report": report}, ensure_ascii=False))
+        print(json_text({"kind": "matrix", **found, "written": written, "report": report}, ensure_ascii=False))
         return
     print(f"\n{matrix_text(found)}\n")
     places = [(name, where) for name, where in (("matrix", written), ("report", report)) if where]

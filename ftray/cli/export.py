@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ftray.cli.words import facts, size
+from ftray.cli.words import facts, json_text, size
 from ftray.config import load_run
 from ftray.errors import ConfigError
 
@@ -43,7 +42,7 @@ def export_command(
     with nullcontext() if verbose else quiet():
         written = export(artefacts, to, merge=merge, precision=precision, combination=combination)
     if as_json:
-        print(json.dumps({"to": to, **written}, indent=2, ensure_ascii=False))
+        print(json_text({"to": to, **written}, indent=2, ensure_ascii=False))
     else:
         print(describe(to, written))
 

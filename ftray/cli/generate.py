@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ftray.cli.console import open_console
-from ftray.cli.words import count, duration, facts, some
+from ftray.cli.words import count, duration, facts, json_text, some
 from ftray.config import Decoding, Source
 from ftray.config.explain import explain
 from ftray.errors import ConfigError
@@ -60,7 +59,7 @@ def generate_command(
     with open_console(as_json=as_json) as console, nullcontext() if verbose else quiet():
         found = generate(wanted, console, on_own_ray)
     if as_json:
-        print(json.dumps({"kind": "generation", **found}, ensure_ascii=False))
+        print(json_text({"kind": "generation", **found}, ensure_ascii=False))
     else:
         print(f"\n{summary(found)}")
 

@@ -11,7 +11,7 @@ import typer
 
 from ftray.cli.app import UsageError, app
 from ftray.cli.commands import artefacts, cluster, evaluation, runs  # noqa: F401 - each adds its commands to `app`
-from ftray.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER, FtrayError, RunStopped
+from ftray.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, FtrayError, RunStopped
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def call(arguments: list[str]) -> int:
         return EXIT_USER
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has left
         sys.stderr.close()
         return EXIT_OK

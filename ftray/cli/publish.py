@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ftray.cli.words import facts, size
+from ftray.cli.words import facts, json_text, size
 from ftray.config import Model, load_run
 from ftray.errors import ArtefactError, ConfigError
 from ftray.manifest import filesystem, join
@@ -43,7 +42,7 @@ def publish_command(run: str, as_name: str, *, registry: str | None, base: str |
     fitting = facts_of_base(Model(path=base)) if base else None
     published = publish(folder, store, tenant, name, fitting)
     if as_json:
-        print(json.dumps(to_json(published, store), indent=2, ensure_ascii=False))
+        print(json_text(to_json(published, store), indent=2, ensure_ascii=False))
     else:
         print(describe(published, store))
 

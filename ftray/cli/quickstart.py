@@ -91,12 +91,14 @@ def ask_both(file: str, *, verbose: bool) -> dict[str, dict[str, str]]:
 
 
 def _answer(address: str, model: str, question: str) -> str:
+    from serve.local import direct
+
     messages = [{"role": "user", "content": question}]
     body = {"model": model, "messages": messages, "max_tokens": _LONGEST, "temperature": 0}
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as reply:
+    with direct.open(request, timeout=120) as reply:
         return json.load(reply)["choices"][0]["message"]["content"].strip()
 
 

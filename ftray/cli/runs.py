@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 
-from ftray.cli.words import count, duration, facts, table
+from ftray.cli.words import count, duration, facts, json_text, table
 from ftray.errors import EXIT_OK, EXIT_STOPPED, UserError
 from ftray.jobs.cluster import Cluster, ConnectionLost, Job
 from ftray.jobs.listing import RunState, find, folders_in, is_ours, look, merged, of_job, runs_of
@@ -28,7 +27,7 @@ def list_command(
     if not every:
         lines = lines[:_SHOWN]
     if as_json:
-        print(json.dumps([line.to_json() for line in lines], indent=2))
+        print(json_text([line.to_json() for line in lines], indent=2))
     elif lines:
         print(runs_table(lines))
     else:
@@ -95,7 +94,7 @@ def show_command(run: str, *, address: str | None, token_file: str | None, as_js
     state, job = _one(run, address, token_file)
     if as_json:
         told = None if job is None else {"id": job.id, "status": job.status, "entrypoint": job.entrypoint}
-        print(json.dumps(state.to_json() | {"of_job": told}, indent=2))
+        print(json_text(state.to_json() | {"of_job": told}, indent=2))
         return
     pairs = [("run", state.name), ("state", state.state)]
     if state.step is not None:
@@ -172,7 +171,7 @@ def stop_command(run: str, *, address: str | None, token_file: str | None, wait:
     job = _job(run, cluster)
 
     def say(text: str) -> None:
-        print(json.dumps({"kind": "status", "job": job.id, "text": text}) if as_json else text, flush=True)
+        print(json_text({"kind": "status", "job": job.id, "text": text}) if as_json else text, flush=True)
 
     if job.is_over:
         say(f"it is over already: {outcome(job).text}")

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON that every program reads: what is no number, such as the loss of a skipped step, is null, as in
+    metrics.jsonl."""
+    return json.dumps(_finite(value), default=str, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def count(number: int | float) -> str:

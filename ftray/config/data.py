@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -72,6 +73,9 @@ Format = Annotated[
 ]
 
 
+_FILE_NAME = re.compile(r"^embedded:|\.(jsonl|ndjson|json|csv|tsv|parquet|pq|txt|md)(\.(gz|bz2|zst|xz))?$")
+
+
 class Source(Strict):
     path: str
     """A file, a glob, a folder, any fsspec URI of these, or a hub name with `reader: datasets`. `embedded:NAME` is a
@@ -82,13 +86,19 @@ class Source(Strict):
     """`auto` goes by the file's ending, before `.gz` or `.bz2` if there is one. `json` is one list of rows;
     `datasets` is a hub name or a folder written by `save_to_disk`."""
     split: str = "train"
-    """Split of a `datasets` source."""
+    """Split of a `datasets` source, or of a folder written by `save_to_disk`."""
     subset: str | None = None
     """Configuration name of a hub data set; null: its default."""
     limit: int | None = Field(None, ge=1)
     """Use the first rows only; null: all."""
     weight: float = Field(1.0, gt=0)
-    """Copies of each row in an epoch: 2 sees every row twice, 0.5 half of them, another half in each epoch."""
+    """Copies of each row in an epoch: 2 sees every row twice, 0.5 half of them, another half in each epoch. Of rows to
+    train on alone."""
+
+    @property
+    def is_file(self) -> bool:
+        """By its name or reader it is a file or several, and no Hugging Face data set. A folder may be either."""
+        return self.reader not in ("auto", "datasets") or bool(_FILE_NAME.search(self.path.lower()))
 
 
 class Data(Strict):
@@ -118,6 +128,6 @@ class Data(Strict):
     def _one_held_out(self) -> Data:
         if self.held_out and self.held_out_fraction:
             raise ValueError("both `held_out` and `held_out_fraction` are set; keep one of them")
-        if isinstance(self.max_rejected, float) and self.max_rejected > 1:
+        if isinstance(self.max_rejected, float) and self.max_rejected >= 1:
             raise ValueError(f"max_rejected {self.max_rejected} is neither a whole number of rows nor a share below 1")
         return self

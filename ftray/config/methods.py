@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+import difflib
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ftray.config.strict import Strict
 
@@ -67,7 +68,20 @@ class Freeze(_Method):
         return self
 
 
-Targets = Literal["all-linear"] | list[str]
+def _word_or_names(word: str) -> BeforeValidator:
+    """Refuses another word than `word` where only a list of names may stand instead."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, str) or value == word:
+            return value
+        if difflib.get_close_matches(value, [word]):
+            raise ValueError(f"{value!r} is not known; did you mean {word!r}? Names are a list: [q_proj]")
+        raise ValueError(f"{value!r} is no list; write {word}, or a list of names: [{value}]")
+
+    return BeforeValidator(check)
+
+
+Targets = Annotated[Literal["all-linear"] | list[str], _word_or_names("all-linear")]
 
 
 class _LowRank(_Method):
@@ -189,7 +203,7 @@ class IA3(_EitherBase):
     """One trained factor for each key, value and inner feed-forward activation (Liu et al. 2022)."""
 
     name: Literal["ia3"]
-    targets: Literal["default"] | list[str] = "default"
+    targets: Annotated[Literal["default"] | list[str], _word_or_names("default")] = "default"
     """`default`: PEFT's for the base's family; for Llama keys, values and the last linear layer of each feed-forward
     part. Or names, as for `lora`."""
     feedforward: list[str] = []

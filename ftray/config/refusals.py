@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftray.config.methods import VIRTUAL_TOKENS, DoRA, Freeze, Full, LoRA
-from ftray.config.training import BITSANDBYTES
+from ftray.config.training import BITSANDBYTES, OWNERS, SHAPED
 
 if TYPE_CHECKING:
     from ftray.config.run import Run
@@ -20,6 +20,8 @@ def refusals(run: Run) -> Iterator[str]:
     yield from _optimizers(run)
     yield from _zero(run)
     yield from _objectives(run)
+    yield from _idle(run)
+    yield from _idle_sources(run)
 
 
 def _workers(run: Run) -> Iterator[str]:
@@ -34,6 +36,11 @@ def _workers(run: Run) -> Iterator[str]:
         yield f"workers.{absent} is not given: elastic workers need both workers.min and workers.max"
     elif workers.least > workers.most:
         yield f"workers.min {workers.least} is above workers.max {workers.most}"
+    if isinstance(workers.gpus, float) and 0 < workers.gpus < 1 and workers.most > 1:
+        yield (
+            f"workers.gpus {workers.gpus:g} puts several of {workers.number} workers on one GPU, and NCCL refuses two"
+            " that share one; set workers.gpus: 1, or workers.count: 1"
+        )
     if workers.elastic and run.strategy and run.strategy.zero > 0:
         yield (
             f"ZeRO {run.strategy.zero} divides states among a number of workers that stays: with fewer, each would have"
@@ -48,8 +55,14 @@ def _batches(run: Run) -> Iterator[str]:
             f"train.batch_rows {train.batch_rows} leaves some of {workers.most} workers without a row in every step;"
             f" raise train.batch_rows or lower workers.{'max' if workers.elastic else 'count'}"
         )
+    warmup = train.schedule.warmup
+    if train.steps is not None and warmup >= train.steps:
+        yield (
+            f"train.schedule.warmup {warmup:g} is not below train.steps {train.steps}, so the rate would never reach"
+            " its peak; lower it, or give it as a share of the steps, such as 0.03"
+        )
     if not (run.data.held_out or run.data.held_out_fraction):
-        for key in ("evaluate_every", "early_stopping"):
+        for key in ("evaluate_every", "evaluate_rows", "early_stopping"):
             if getattr(train, key):
                 yield f"train.{key} needs held-out rows: set data.held_out or data.held_out_fraction"
 
@@ -168,3 +181,60 @@ def _objectives(run: Run) -> Iterator[str]:
             "dpo would need a second, frozen copy of weights that ZeRO 3 divides; use method lora, whose reference is"
             " the base itself, strategy.zero: 2, or objective.reference_free: true"
         )
+
+
+# ---------------------------------------------------------------------------------------------- what would do nothing
+
+
+def _idle(run: Run) -> Iterator[str]:
+    """Keys that were changed, and that nothing looks at because of another key."""
+    train, strategy = run.train, run.strategy
+    for key, owners in OWNERS.items():
+        if train.optimizer not in owners and _is_set(train, key) and getattr(train, key) is not None:
+            yield (
+                f"train.{key} does nothing with optimizer {train.optimizer}; leave it out (which is"
+                f" {_usual(train, key)}), or use optimizer {owners[0]}"
+            )
+    for key, names in SHAPED.items():
+        if train.schedule.name not in names and _is_set(train.schedule, key):
+            yield (
+                f"train.schedule.{key} does nothing with schedule {train.schedule.name}; leave it out (which is"
+                f" {_usual(train.schedule, key)}), or use schedule {' or '.join(names)}"
+            )
+    if strategy is None:
+        return
+    for key in ("pin_memory", "bucket_elements", "keep_elements"):
+        if strategy.zero == 0 and _is_set(strategy, key):
+            yield f"strategy.{key} does nothing with strategy.zero: 0, which divides nothing; leave `strategy` out"
+    if strategy.zero < 3 and _is_set(strategy, "keep_elements"):
+        yield (
+            f"strategy.keep_elements is of weights that ZeRO 3 gathers, here {strategy.zero}: leave it out (which is"
+            f" {_usual(strategy, 'keep_elements')}), or set strategy.zero: 3"
+        )
+    if strategy.offload_optimizer == strategy.offload_parameters == "none" and _is_set(strategy, "pin_memory"):
+        yield "strategy.pin_memory is of what is offloaded, and nothing is; leave it out, or set offload_optimizer: cpu"
+
+
+def _idle_sources(run: Run) -> Iterator[str]:
+    groups = {"data.sources": run.data.sources, "data.held_out": run.data.held_out}
+    groups |= {"evaluate.rows": run.evaluate.rows} if run.evaluate else {}
+    for group, sources in groups.items():
+        for i, source in enumerate(sources):
+            if group != "data.sources" and _is_set(source, "weight"):
+                yield f"{group}.{i}.weight mixes what is trained on; here every row counts once: leave it out"
+            for key in ("split", "subset"):
+                if source.is_file and _is_set(source, key):
+                    yield (
+                        f"{group}.{i}.{key} is of Hugging Face data sets, and {source.path} is read as a file; leave it"
+                        " out, or set reader: datasets"
+                    )
+
+
+def _is_set(section: Any, key: str) -> bool:
+    """It differs from its default: a resolved run has every key."""
+    return getattr(section, key) != type(section).model_fields[key].default
+
+
+def _usual(section: Any, key: str) -> str:
+    default = type(section).model_fields[key].default
+    return "null" if key == "betas" else f"{default:g}" if isinstance(default, float) else f"{default}"

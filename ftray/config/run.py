@@ -131,7 +131,8 @@ class Run(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """Name of the run: letters, digits, `.`, `_`, `-`."""
     model: Model
-    method: Method
+    method: Annotated[Method, BeforeValidator(by_name)]
+    """A name, or a mapping with `name` and its keys."""
     data: Data
     train: Train
     objective: Annotated[Objective, BeforeValidator(by_name)] = SFT(name="sft")

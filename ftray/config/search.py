@@ -23,6 +23,7 @@ from ftray.config.explain import explain
 from ftray.config.reading import load_raw, override, parse_yaml, search_recipe, search_recipe_names, validated
 from ftray.config.run import Run
 from ftray.config.strict import Strict, by_name
+from ftray.config.training import OWNERS, SHAPED
 from ftray.errors import ConfigError
 from ftray.manifest import join, read_text
 
@@ -224,8 +225,8 @@ class Search(Strict):
     overrides: dict[str, Any] = {}
     """Keys of that run to change, dotted or nested."""
     space: Annotated[dict[str, Parameter], BeforeValidator(_dotted), Field(min_length=1)]
-    """Key of the run, dotted or nested → what it may be. Another `method.name` drops the keys that the method
-    has not."""
+    """Key of the run, dotted or nested → what it may be. Another `method.name`, `train.optimizer` or
+    `train.schedule.name` drops the run's keys that it has not."""
     metric: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = ["loss"]
     """What to judge by; with sampler `optuna` several, of which schedulers see the first."""
     mode: Annotated[list[Literal["min", "max"]], BeforeValidator(_listed)] | None = None
@@ -351,7 +352,7 @@ class Search(Strict):
     def run_of(self, parameters: Mapping[str, Any], index: int) -> Run:
         """The run of one trial. Raises ConfigError that names the trial and its parameters."""
         raw = self.raw_run()
-        for key in sorted(parameters, key=lambda key: key != "method.name"):
+        for key in sorted(parameters, key=lambda key: key not in _CHOOSE):
             _set(raw, key, parameters[key])
         raw["name"], raw["output"] = f"{self.name}-{index:04d}", self.trial_folder(index)
         if isinstance(raw.get("data"), dict):
@@ -457,13 +458,25 @@ def _lookup(raw: Any, key: str) -> Any:
     return raw
 
 
+_CHOOSE = ("method.name", "train.optimizer", "train.schedule.name")
+"""Keys whose value says which others there are."""
+
+
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key. Another `method.name` drops the keys that the method has not."""
+    """Set a dotted key. One of `_CHOOSE` drops the keys that its value has not."""
     method = raw.get("method")
     if key == "method.name" and isinstance(method, dict) and method.get("name") != value:
         kinds = {kind.model_fields["name"].annotation.__args__[0]: kind for kind in _method_kinds()}  # type: ignore[union-attr]
         if value in kinds:
             raw["method"] = {k: v for k, v in method.items() if k in kinds[value].model_fields}
+    for chooser, section, owners in (
+        ("train.optimizer", "train", OWNERS),
+        ("train.schedule.name", "train.schedule", SHAPED),
+    ):
+        kept = _lookup(raw, section)
+        if key == chooser and isinstance(kept, dict):
+            for name in [name for name in kept if value not in owners.get(name, (value,))]:
+                del kept[name]
     override(raw, f"{key}={json.dumps(value)}")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ftray.config.strict import Strict, by_name
 
@@ -12,6 +12,16 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bi
 COMMIT_SECONDS = 600.0
 """Longest training without a commit, where nobody says how often."""
 BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+OWNERS: dict[str, tuple[str, ...]] = {
+    "betas": ("adamw", *BITSANDBYTES, "lion"),
+    "epsilon": ("adamw", *BITSANDBYTES),
+    "momentum": ("sgd",),
+    "perturbation": ("mezo",),
+    "clip_norm": ("adamw", *BITSANDBYTES, "sgd", "lion", "adafactor"),
+}
+"""Keys of `train` that some optimizers alone look at, and which."""
+SHAPED: dict[str, tuple[str, ...]] = {"final": ("linear", "cosine", "wsd"), "decay": ("wsd",)}
+"""Keys of `train.schedule` that some schedules alone look at, and which."""
 
 
 class Schedule(Strict):
@@ -21,9 +31,17 @@ class Schedule(Strict):
     warmup: int | float = Field(0.03, ge=0)
     """Steps of linear warm-up from 0: a whole number of steps, or a share of all steps below 1."""
     final: float = Field(0.0, ge=0, le=1)
-    """The last step's rate as a share of the peak."""
+    """What the decay comes down to, as a share of the peak. As in transformers it would be the rate of one step more;
+    the last one's is still above it."""
     decay: float = Field(0.2, ge=0, le=1)
     """`wsd`: share of all steps spent in decay."""
+
+    @field_validator("warmup")
+    @classmethod
+    def _steps_or_share(cls, warmup: int | float) -> int | float:
+        if isinstance(warmup, float) and (warmup == 1 or (warmup > 1 and not warmup.is_integer())):
+            raise ValueError(f"{warmup} is neither a whole number of steps nor a share below 1")
+        return warmup
 
 
 class EarlyStopping(Strict):
@@ -34,6 +52,8 @@ class EarlyStopping(Strict):
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
+_ADAM = (0.9, 0.999)
+_LION = (0.9, 0.99)
 
 
 class Train(Strict):
@@ -55,8 +75,9 @@ class Train(Strict):
     and states paged to the host. `sgd`; `lion` (Chen et al. 2023), one state instead of two; `adafactor` (Shazeer and
     Stern 2018), a state of rows and columns, its rate absolute as Adam's is. `mezo` (Malladi et al. 2023): two forward
     passes instead of gradients, and no state at all, so training takes the memory of inference."""
-    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
-    """Adam's and Lion's decay of the mean and of the variance."""
+    betas: tuple[_Beta, _Beta] = Field(_ADAM, json_schema_extra={"type": ["array", "null"]})
+    """Adam's decay of the mean and of the variance; Lion's, of what it steps by and of the mean that it keeps. null:
+    0.9 and 0.999, and for `lion` 0.9 and 0.99, as Chen et al. 2023 have them (section 5)."""
     epsilon: float = Field(1e-8, gt=0)
     """Adam's denominator guard."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -96,6 +117,13 @@ class Train(Strict):
     or null."""
     max_skipped: int = Field(5, ge=0)
     """Steps in a row with a loss or gradient that is not finite before the run stops. Such a step changes nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_of_the_optimizer(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("betas") is None:
+            return {**given, "betas": _LION if given.get("optimizer") == "lion" else _ADAM}
+        return given
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

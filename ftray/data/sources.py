@@ -53,6 +53,12 @@ def files_of(source: config.Source) -> list[File]:
     if source.reader == "datasets" or _is_saved_dataset(source.path):
         return [_dataset(source)]
     found = _matching(source)
+    if source.split != "train" or source.subset:
+        raise DataError(
+            "`split` and `subset` are of Hugging Face data sets, and this is read as files",
+            where=source.path,
+            hint="leave them out, or set reader: datasets",
+        )
     if not found:
         raise DataError("this folder holds no file that can be read", where=source.path, hint=_readable())
     by_content = sum(int(info.get("size") or 0) for _, info in found) <= _HASHED_BYTES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from ftray.evaluate.systems import resolved
 from ftray.manifest import join, write_text
 from ftray.model.served import Adapter
 from ftray.registry.ref import Ref
+from ftray.session import usable_cpus
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -187,8 +187,8 @@ class Generator:
 
 
 def use_cores(count: int | None = None) -> None:
-    """Torch's threads in this process; None: all of this machine's."""
-    torch.set_num_threads(count or os.cpu_count() or 1)
+    """Torch's threads in this process; None: as many as it may use."""
+    torch.set_num_threads(count or usable_cpus())
 
 
 def told(error: FtrayError) -> str:

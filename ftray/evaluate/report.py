@@ -88,8 +88,14 @@ def headline(record: RunRecord) -> str:
         text += f" of rank {method['rank']}"
     path = str(model.get("path", "")).rstrip("/")
     text += f" on {'the embedded base' if path == 'embedded' else redact(path).rsplit('/', 1)[-1]}"
-    workers = _part(record, "workers").get("count", 1)
-    return f"{text}, {workers} {'worker' if workers == 1 else 'workers'}, {_part(record, 'train').get('precision')}"
+    return f"{text}, {_workers(_part(record, 'workers'))}, {_part(record, 'train').get('precision')}"
+
+
+def _workers(given: dict[str, Any]) -> str:
+    if given.get("count") is None and given.get("max") is not None:
+        return f"{given.get('min') or 1} to {given['max']} workers"
+    count = given.get("count") or 1
+    return f"{count} {'worker' if count == 1 else 'workers'}"
 
 
 def state(record: RunRecord) -> dict[str, str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from ftray.config import DoRA, Freeze, Full, LoRA, Run
+from ftray.config import DoRA, Freeze, Full, LoRA, Run, Strategy, Train
+from ftray.config.training import OWNERS
 from ftray.model.plan import Plan, make_plan
 from ftray.model.shapes import Shapes
 
@@ -46,7 +47,7 @@ def _advice(run: Run, shapes: Shapes, overrides: dict[str, object], instead: Adv
 
 
 def _instead(run: Run, shapes: Shapes) -> Advice | None:
-    recompute: dict[str, object] = {"train.gradient_checkpointing": True, "method": "qlora"}
+    recompute = {"train.gradient_checkpointing": True, "method": "qlora"} | _undivided(run)
     return _advice(run, shapes, recompute) if _fits(run, shapes, recompute) else None
 
 
@@ -78,17 +79,43 @@ def _candidates(run: Run) -> Iterator[dict[str, object]]:
     recompute: dict[str, object] = {} if run.train.gradient_checkpointing else {"train.gradient_checkpointing": True}
     steps: list[dict[str, object]] = [recompute]
     if run.train.optimizer != "paged_adamw_8bit" and run.strategy is None:
-        steps.append(steps[-1] | {"train.optimizer": "paged_adamw_8bit"})
+        steps.append(steps[-1] | _optimizer(run, "paged_adamw_8bit"))
     if isinstance(run.method, Full | Freeze):
         if run.strategy is None or run.strategy.offload_parameters == "none":
-            adamw: dict[str, object] = {} if run.train.optimizer == "adamw" else {"train.optimizer": "adamw"}
+            adamw = {} if run.train.optimizer == "adamw" else _optimizer(run, "adamw")
             steps += [recompute | adamw | {"strategy": offload} for offload in (_STATES_TO_HOST, _ALL_TO_HOST)]
     elif isinstance(run.method, LoRA | DoRA):
-        steps.append(steps[-1] | {"method.name": f"q{run.method.name}"})
+        steps.append(steps[-1] | {"method.name": f"q{run.method.name}"} | _undivided(run))
     elif not run.method.quantized:
         steps.append(steps[-1] | {"method.quantization": "nf4"})
     for step in steps:
         yield from (step | change for change in ({}, *smaller) if step or change)
+
+
+def _optimizer(run: Run, name: str) -> dict[str, object]:
+    """Another optimizer, and at their defaults the keys that were set for the run's own."""
+    changes: dict[str, object] = {"train.optimizer": name}
+    for key, owners in OWNERS.items():
+        usual = Train.model_fields[key].default
+        if name not in owners and getattr(run.train, key) != usual:
+            changes[f"train.{key}"] = usual
+    return changes
+
+
+def _undivided(run: Run) -> dict[str, object]:
+    """What ZeRO 3, which cannot divide a base in NF4, must become for one: ZeRO 2, and what 3 alone has put back."""
+    strategy = run.strategy
+    if strategy is None or strategy.zero < 3:
+        return {}
+    changes: dict[str, object] = {"strategy.zero": 2}
+    if strategy.offload_parameters != "none":
+        changes["strategy.offload_parameters"] = "none"
+    if strategy.offload_optimizer == "nvme":
+        changes["strategy.offload_optimizer"] = "cpu"
+    if strategy.nvme_path:
+        changes["strategy.nvme_path"] = None
+    usual = Strategy.model_fields["keep_elements"].default
+    return changes if strategy.keep_elements == usual else changes | {"strategy.keep_elements": usual}
 
 
 _STATES_TO_HOST = {"zero": 2, "offload_optimizer": "cpu"}

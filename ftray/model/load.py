@@ -213,16 +213,19 @@ def misfits(config: Any, trust_remote_code: bool = False) -> tuple[str, list[str
     """(name of the output head, names of the other linear layers whose shape NF4 cannot hold). Builds the model without
     memory."""
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    name_of_head = next(name for name, module in linear.items() if module is head)
+    sizes = {
+        name: (module.in_features, module.out_features) if isinstance(module, nn.Linear) else tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)  # transformers quantizes GPT-2's Conv1D too
+    }
+    name_of_head = next(name for name, module in model.named_modules() if module is head)
     return name_of_head, [
-        name
-        for name, module in linear.items()
-        if name != name_of_head and not Linear(name, module.in_features, module.out_features).fits_nf4
+        name for name, size in sizes.items() if name != name_of_head and not Linear(name, *size).fits_nf4
     ]
 
 

@@ -13,7 +13,8 @@ from ftray.errors import ModelError
 from ftray.model import bottleneck
 from ftray.model.adalora import rank_budget
 from ftray.model.adapters import attach_adapter
-from ftray.model.source import parameter_kinds
+from ftray.model.positions import refuse_positions
+from ftray.model.source import learns_positions, parameter_kinds
 from ftray.model.targets import unfrozen
 from ftray.model.virtual import attach_virtual
 
@@ -24,9 +25,10 @@ def attach(model: Any, run: Run, steps: int | None = None) -> Any:
     """The model with `run.method` attached: what requires gradients is trained, in fp32.
 
     What is drawn at random comes from the run's seed. `steps` of the whole run are needed for AdaLoRA alone, whose
-    ranks follow them. Raises ModelError when a target matches nothing.
+    ranks follow them. Raises ModelError when a target matches nothing, or rows are longer than the base's positions.
     """
-    method = run.method
+    method, settings = run.method, model.config.get_text_config()
+    refuse_positions(run, getattr(settings, "max_position_embeddings", None), learns_positions(model))
     if isinstance(method, Full):
         return model.requires_grad_(True)
     model.requires_grad_(False)

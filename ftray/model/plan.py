@@ -105,9 +105,9 @@ class Plan:
 
 
 def make_plan(run: Run, shapes: Shapes) -> Plan:
-    """The plan of one worker. Raises ModelError when the method's targets match nothing in the base, or its virtual
-    tokens and the rows are longer than the base's positions."""
-    refuse_positions(run, shapes.positions)
+    """The plan of one worker. Raises ModelError when the method's targets match nothing in the base, or the rows, with
+    virtual tokens, are longer than the base's positions."""
+    refuse_positions(run, shapes.positions, shapes.learned_positions)
     tensors = trained_tensors(run, shapes)
     items = [item for item in _items(run, shapes, tensors) if item.bytes]
     given = sum(i.bytes for i in items if i.place == "GPU")
@@ -141,8 +141,7 @@ def _items(run: Run, shapes: Shapes, tensors: list[int]) -> Iterator[Item]:
             yield Item("commit under way", size, how, "host")
     if run.strategy:
         yield from _buffers(run, run.strategy, shapes, trained)
-    saved, how = saved_bytes(run, shapes, targeted(run, shapes))
-    yield Item("activations", saved, how)
+    yield _activations(run, shapes)
     yield Item("working set", working_bytes(run, shapes), "the largest layer's weights or gradients in flight")
     rows = min(LOSS_CHUNK_TOKENS, micro_batch_tokens(run))
     how = f"{rows:,} target tokens × {shapes.vocabulary:,} × {LOGIT_BYTES} B"
@@ -154,6 +153,17 @@ def _items(run: Run, shapes: Shapes, tensors: list[int]) -> Iterator[Item]:
     if isinstance(run.objective, DPO) and not method.frozen_base and not run.objective.reference_free:
         each = COMPUTE_BYTES[run.train.precision]
         yield Item("frozen reference", each * trained, f"{trained:,} trained parameters × {each} B")
+
+
+def _activations(run: Run, shapes: Shapes) -> Item:
+    """As they are, and what they would be the other way, with checkpointing or without."""
+    targets, recomputed = targeted(run, shapes), run.train.gradient_checkpointing
+    saved, how = saved_bytes(run, shapes, targets)
+    train = run.train.model_copy(update={"gradient_checkpointing": not recomputed})
+    other, _ = saved_bytes(run.model_copy(update={"train": train}), shapes, targets)
+    if saved:
+        how += f"; {other / GIB:,.2f} GiB {'without' if recomputed else 'with'} gradient_checkpointing"
+    return Item("activations", saved, how)
 
 
 def _buffers(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iterator[Item]:

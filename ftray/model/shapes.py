@@ -78,6 +78,8 @@ class Shapes:
     """Embeddings, normalizations and whatever else is no linear layer, each parameter once."""
     positions: int | None = None
     """The longest sequence; None where config.json does not say."""
+    learned_positions: bool = False
+    """Each position has an embedding, so that there are no others; false: they are computed (RoPE)."""
 
     @property
     def embeddings(self) -> int:
@@ -230,6 +232,7 @@ def _gpt2(config: dict[str, Any]) -> Shapes:
             *_layer_norms(["transformer.ln_f"], hidden),
         ),
         positions=positions,
+        learned_positions=True,
     )
 
 

@@ -175,7 +175,16 @@ def shapes_of_module(net: Any, config: dict[str, Any]) -> Shapes:
             if kind not in ("linear", "head")
         ),
         positions=getattr(settings, "max_position_embeddings", None),
+        learned_positions=learns_positions(net),
     )
+
+
+def learns_positions(net: Any) -> bool:
+    """Whether a transformers model has an embedding for each position (`wpe`, `embed_positions`, …)."""
+    import torch
+
+    modules = ((path.rsplit(".", 1)[-1], module) for path, module in net.named_modules())
+    return any(isinstance(module, torch.nn.Embedding) and (name == "wpe" or "pos" in name) for name, module in modules)
 
 
 def parameter_kinds(net: Any) -> Iterator[tuple[str, Any, str]]:

@@ -82,12 +82,13 @@ def _whole(run: Run, shapes: Shapes, tensors: Sequence[int]) -> Iterator[Item]:
     yield Item("optimizer states", size, how, pageable=paged)
 
 
-def _frozen(run: Run, shapes: Shapes, workers: int = 1) -> Iterator[Item]:
-    """A frozen base, divided among `workers`."""
+def _frozen(run: Run, shapes: Shapes, workers: int = 1, place: Place = "GPU") -> Iterator[Item]:
+    """A frozen base, divided among `workers`, in `place`; one in NF4 is neither divided nor moved."""
     each = COMPUTE_BYTES[run.train.precision]
     if not run.method.quantized:
         size = each * shapes.parameters
-        yield Item("weights", size // workers, f"{shapes.parameters:,} parameters × {each} B{_over(workers)}, frozen")
+        how = f"{shapes.parameters:,} parameters × {each} B{_over(workers)}, frozen"
+        yield Item("weights", size // workers, how, place)
         return
     held = [layer.weights for layer in shapes.linears if layer.fits_nf4]
     twice: bool = getattr(run.method, "double_quantization")  # noqa: B009 - of every method that quantizes
@@ -102,8 +103,8 @@ def _divided(run: Run, strategy: Strategy, shapes: Shapes, trained: int) -> Iter
     by_1, by_2, by_3 = (workers if strategy.zero >= stage else 1 for stage in (1, 2, 3))
     held, updated = _PLACES[strategy.offload_parameters], _PLACES[strategy.offload_optimizer]
     if run.method.frozen_base:
-        yield from _frozen(run, shapes, by_3)
-        yield Item("adapter weights", 4 * trained // by_3, f"{trained:,} parameters × 4 B{_over(by_3)}")
+        yield from _frozen(run, shapes, by_3, held)
+        yield Item("adapter weights", 4 * trained // by_3, f"{trained:,} parameters × 4 B{_over(by_3)}", held)
     else:
         each, frozen = COMPUTE_BYTES[run.train.precision], shapes.parameters - trained
         each = 4 if strategy.zero == 3 else each  # all weights in one type

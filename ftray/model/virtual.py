@@ -16,14 +16,11 @@ from ftray.config import Prefix, Prompt, PTuning, Run
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import ModelError
 from ftray.model.adapters import origin, peft_model
-from ftray.model.positions import refuse_positions
 
 
 def attach_virtual(model: Any, run: Run) -> Any:
-    """PEFT's model of `run.method` on a frozen base. Raises ModelError when virtual tokens and rows are longer than the
-    base's positions."""
+    """PEFT's model of `run.method` on a frozen base."""
     method: Any = run.method
-    refuse_positions(run, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     if isinstance(method, Prompt):
         initial = _initial_prompt(model, run, method)
     model = peft_model(model, _config(model, run), run)

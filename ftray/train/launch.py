@@ -24,7 +24,7 @@ from ftray.config import Run
 from ftray.data.prepare import make_plan, prepare
 from ftray.errors import ConfigError, FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
-from ftray.session import cause_of, in_a_job, ray_session, stand_aside
+from ftray.session import cause_of, in_a_job, ray_session, stand_aside, usable_cpus
 from ftray.train import commits, native, nodes
 from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
@@ -116,8 +116,8 @@ def workers_in_words(run: Run) -> str:
 
 
 def local_cpus(run: Run) -> int:
-    """Logical CPUs of a local Ray: this machine's, or more if the workers need a place each."""
-    return max(os.cpu_count() or 1, run.workers.most)
+    """Logical CPUs of a local Ray: those that this process may use, or more if the workers need a place each."""
+    return max(usable_cpus(), run.workers.most)
 
 
 def _refuse_on_nodes(run: Run) -> None:

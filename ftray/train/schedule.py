@@ -8,9 +8,10 @@ from ftray.config import Schedule
 
 
 def warmup_steps(schedule: Schedule, steps: int) -> int:
-    """Steps of warm-up: as given, or the share of all steps, rounded up."""
+    """Steps of warm-up: as given, or the share of all steps, rounded up; of a share, the last step is beyond it."""
     warmup = schedule.warmup
-    return math.ceil(warmup * steps) if isinstance(warmup, float) and warmup < 1 else int(warmup)
+    share = isinstance(warmup, float) and warmup < 1
+    return min(math.ceil(warmup * steps), max(steps - 1, 0)) if share else int(warmup)
 
 
 def rate_factor(schedule: Schedule, step: int, steps: int) -> float:

@@ -22,7 +22,7 @@ from ftray.config import Run
 from ftray.config.search import Search
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.manifest import filesystem, join, read_text, write_text
-from ftray.session import ray_session
+from ftray.session import ray_session, usable_cpus
 from ftray.train.identity import differences, identity
 from ftray.train.nodes import refuse_unshared, working_nodes
 from ftray.tune.ledger import Ledger, Trial
@@ -82,11 +82,11 @@ def search(spec: Search, *, on_event: Emit, stop: threading.Event, verbose: bool
 
 
 def local_cpus(spec: Search) -> int:
-    """Logical CPUs of a local Ray: this machine's, or more where a trial's workers need a place each."""
+    """Logical CPUs of a local Ray: those that this process may use, or more if a trial's workers need a place each."""
     counts = [(spec.raw_run().get("workers") or {}).get("count") or 1]
     if "workers.count" in spec.space:
         counts += spec.space["workers.count"].values or []
-    return max(os.cpu_count() or 1, *counts) + spare_cpus(spec)
+    return max(usable_cpus(), *counts) + spare_cpus(spec)
 
 
 def spare_cpus(spec: Search) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from ftray.config import Run
 from ftray.data.prepare import prepare
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
-from ftray.session import cause_of
+from ftray.session import cause_of, usable_cpus
 from ftray.train.launch import gpus_of_a_worker, preflight, tracked, write_summary
 from ftray.train.sharing import difference, refusal
 
@@ -139,7 +139,7 @@ def _host(run: Run) -> Iterator[Any]:
     from ftray.tune.host import Host
 
     gpus = 1 if gpus_of_a_worker(run) else 0
-    threads = int(run.workers.cpus or os.cpu_count() or 1)
+    threads = int(run.workers.cpus or usable_cpus())
     # No CPUs are reserved on a local Ray, where nothing else runs: rows are still prepared there.
     actor: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(Host)
     host = actor.options(max_concurrency=1000).remote(threads, os.getcwd())

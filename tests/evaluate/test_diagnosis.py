@@ -38,7 +38,7 @@ def made(tmp_path_factory):
             folder,
             f"train.steps={settings['steps']}",
             f"train.learning_rate={settings['rate']}",
-            f"train.schedule={{name: {settings['schedule']}, warmup: 2}}",
+            f"train.schedule={{name: {settings['schedule']}, warmup: {min(2, settings['steps'] - 1)}}}",
             f"train.evaluate_every={settings['every']}",
             "train.max_skipped=1000",
             "data.held_out_fraction=0.1",

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from ftray import config
-from ftray.cli.data import sample_rows as shown
+from ftray.cli.data import sample_rows
 from ftray.config import Run
 from ftray.data import sources
-from ftray.data.describe import sample_rows
 from ftray.data.prepare import make_plan, prepare
 from ftray.data.prepared import PreparedData
 from ftray.data.tokenizer import load_tokenizer
@@ -110,7 +109,7 @@ def test_wrong_order_of_roles_among_good_conversations(tmp_path):
     run = make_run(tmp_path, {"path": path, "format": "messages"}, chat_template=str(template), max_rejected=2)
     data = prepared(run)
     assert data.facts["rejected_by_reason"] == {"wrong order of roles": 2}
-    [first, _] = [pieces for _, pieces in sample_rows(data, load_tokenizer(run.model), 2)]
+    [first, _] = [parts for _, parts in sample_rows(run, data, 2)]
     assert [is_target for _, is_target in first] == [False, True]
     assert first[1][0].strip().startswith("Brie.")
 
@@ -317,7 +316,7 @@ def test_preferences_are_rows_of_two_sequences(tmp_path):
     assert len(cut.train) == 7
     assert cut.facts["rows"]["truncated"] == 1
     assert cut.facts["rejected_by_reason"]["every target is beyond max_length"] == 1
-    (chosen, parts), (rejected, _) = shown(run("pairs"), data, 1)
+    (chosen, parts), (rejected, _) = sample_rows(run("pairs"), data, 1)
     assert "rows.jsonl:1 · chosen · " in chosen
     assert "rows.jsonl:1 · rejected · " in rejected
     assert [target for _, target in parts] == [False, True]

@@ -444,7 +444,7 @@ def test_bottlenecks_refuse_families_whose_blocks_they_do_not_know(tmp_path):
 
     config = AutoConfig.for_model("opt", hidden_size=32, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2,
                                   vocab_size=64, word_embed_proj_dim=32, max_position_embeddings=64)  # fmt: skip
-    run = run_of(tmp_path, "{name: bottleneck}")
+    run = run_of(tmp_path, "{name: bottleneck}", "data.max_length=64")
     with pytest.raises(ModelError, match="family 'opt'"):
         attach(AutoModelForCausalLM.from_config(config), run)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import queue
 import re
@@ -20,14 +21,14 @@ import pytest
 from rich.console import Console as RichConsole
 
 import ftray.cli.commands.runs as commands_of_runs
-from ftray.cli.check import batch_text, steps_text
+from ftray.cli.check import batch_text, learning_text, steps_text
 from ftray.cli.console import JsonConsole, PlainConsole, TerminalConsole, open_console
 from ftray.cli.data import describe, histogram, marked, show_sample
 from ftray.cli.main import call
 from ftray.cli.quickstart import answers_text, next_text, quickstart_text
 from ftray.cli.signals import stop_on_signal
 from ftray.cli.train import summary_text, train_run
-from ftray.cli.words import count, duration, facts, percent, size, some, table
+from ftray.cli.words import count, duration, facts, json_text, percent, size, some, table
 from ftray.config import Run, parse_run
 from ftray.errors import RunError, RunStopped
 
@@ -85,6 +86,16 @@ def test_the_last_line_of_a_check_is_its_verdict(run_file: str, capsys: pytest.C
     assert capsys.readouterr().out.splitlines()[-1] == "ready: fits 80 GiB"
     assert call(["check", run_file]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("ready: takes ")
+
+
+def test_rows_beyond_the_positions_of_a_base(run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["check", run_file, "model.path=gpt2", "method=lora", "data.max_length=4096"]) == 2
+    told = capsys.readouterr().err
+    assert "data.max_length: rows of up to 4096 tokens are more than the base's 1024 positions" in told
+    assert call(["check", run_file, "model.path=embedded", "data.max_length=4096"]) == 0
+    assert "rows of up to 4,096 tokens reach beyond the 1,024 positions" in capsys.readouterr().out
+    assert call(["check", run_file, "model.path=embedded"]) == 0
+    assert "reach beyond" not in capsys.readouterr().out
 
 
 def test_what_the_base_or_this_machine_lacks_is_told_before_anything_starts(
@@ -239,6 +250,17 @@ def test_steps_text() -> None:
     assert "rate up to 0.0002 in 10 % of the steps, then linear to 2e-05" in epochs
     limited = steps_text(a_run("train.epochs=2", "data.sources.0.limit=100"))
     assert limited.startswith("2 epochs of at most 100 rows: at most 14 steps\n")
+    assert "never reaches its peak" not in limited
+    short = ("train.epochs=2", "data.sources.0.limit=100", "train.schedule.warmup=14")
+    assert "never reaches its peak" in steps_text(a_run(*short))
+
+
+def test_learning_text() -> None:
+    assert learning_text(a_run()) == "sft by adamw, β 0.9 and 0.999"
+    assert learning_text(a_run("train.optimizer=lion")) == "sft by lion, β 0.9 and 0.99"
+    divided = a_run("method=lora", "strategy={zero: 3, offload_parameters: cpu}")
+    assert learning_text(divided) == "sft by adamw, β 0.9 and 0.999, ZeRO 3, weights on the host"
+    assert learning_text(a_run("train.optimizer=sgd")) == "sft by sgd"
 
 
 def test_steps_text_says_when_commits_come() -> None:
@@ -335,6 +357,16 @@ def test_a_log_has_no_ansi_and_its_lines_come_every_n_steps() -> None:
 def test_json_lines() -> None:
     told = rendered(JsonConsole, EVENTS)
     assert [json.loads(line) for line in told.splitlines()] == EVENTS
+
+
+def test_json_has_no_word_for_what_is_no_number() -> None:
+    skipped = {"kind": "step", "loss": float("nan"), "sums": [1.0, -math.inf], "name": "caf\udce9", "path": Path("a")}
+    told = rendered(JsonConsole, [skipped])
+    assert json.loads(told, parse_constant=pytest.fail) == {
+        "kind": "step", "loss": None, "sums": [1.0, None], "name": "caf\udce9", "path": "a",
+    }  # fmt: skip
+    assert told.isascii()
+    assert json_text({"a": (math.nan, "ä")}, ensure_ascii=False) == '{"a": [null, "ä"]}'
 
 
 def test_the_terminal_shows_progress_and_keeps_the_lines() -> None:

@@ -80,6 +80,15 @@ def test_overrides_reach_into_lists_and_unions() -> None:
     assert read("data.sources.0.format.column=story").data.sources[0].format.column == "story"  # type: ignore[union-attr]
 
 
+def test_a_section_may_be_a_name_alone() -> None:
+    assert read("method=lora").method == read("method={name: lora}").method
+    assert read("method=lora", "method.rank=4").method.rank == 4  # type: ignore[union-attr]
+    run = read("method=ia3", "train.schedule=linear", "objective=dpo", "data.sources.0.format=preference")
+    names = (run.method.name, run.train.schedule.name, run.objective.name, run.data.sources[0].format.name)
+    assert names == ("ia3", "linear", "dpo", "preference")
+    assert "\n" not in refusal("method=q_proj") + refusal("method.targets=q_proj")
+
+
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROWS", "/data")
     text = MINIMAL.replace("rows.jsonl", '"${ROWS}/x.jsonl"')
@@ -129,12 +138,20 @@ def test_a_run_from_a_file_a_folder_and_a_recipe(tmp_path: Path) -> None:
         ("method={name: dora, double_quantization: true}", "method.name: qdora is DoRA over a base in NF4"),
         ("method={name: qlora, quantization: nf4}", "its base is in NF4 as it is"),
         ("method={rank: 3}", "needs a `name`"),
+        ("method=lorra", "method.name: 'lorra' is not known; did you mean 'lora'?"),
+        ("method.targets=all-liner", "method.targets: 'all-liner' is not known; did you mean 'all-linear'?"),
+        (
+            "method.targets=q_proj",
+            "method.targets: 'q_proj' is no list; write all-linear, or a list of names: [q_proj]",
+        ),
+        ("method={name: ia3, targets: k_proj}", "write default, or a list of names: [k_proj]"),
         ("train.steps=0", "train.steps"),
         ("train.steps=many", "train.steps"),
         ("train.precision=fp8", "train.precision"),
         ("workers.gpus=some", "workers.gpus"),
         ("name=a/b", "name"),
         ("data.max_rejected=1.5", "neither a whole number of rows nor a share"),
+        ("train.schedule.warmup=1.5", "train.schedule.warmup: 1.5 is neither a whole number of steps nor a share"),
         ("data.held_out=[{path: x, format: text}]", "both `held_out` and `held_out_fraction`"),
         ("train.early_stopping={}", "early_stopping needs `evaluate_every`"),
         ("workers.count=17", "train.batch_rows 16 leaves some of 17 workers without a row"),
@@ -148,6 +165,16 @@ def test_a_run_from_a_file_a_folder_and_a_recipe(tmp_path: Path) -> None:
 )
 def test_a_refusal_says_what_where_and_what_to_change(override: str, expected: str) -> None:
     assert expected in refusal(override)
+
+
+def test_betas_are_those_of_the_optimizer() -> None:
+    assert read().dump()["train"]["betas"] == [0.9, 0.999]
+    for override in ("train.betas=null", "train.optimizer=lion"):
+        lion = read("train.optimizer=lion", override)
+        assert lion.train.betas == (0.9, 0.99)
+        assert parse_run(lion.to_yaml(), "again") == lion
+    assert read("train.optimizer=lion", "train.betas=[0.9, 0.999]").train.betas == (0.9, 0.999)
+    assert "null" in Run.model_json_schema()["$defs"]["Train"]["properties"]["betas"]["type"]
 
 
 def test_both_lengths_or_none() -> None:

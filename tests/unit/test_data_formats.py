@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftray import config
-from ftray.data.describe import pieces
+from ftray.cli.data import marked
 from ftray.data.encode import Encoder, Vocabulary
 from ftray.data.formats import Template, columns_of, renderer, renderers
-from ftray.data.prepared import Row
 from ftray.data.rows import MAX_ROW_BYTES, BadRow
 from ftray.data.tokenizer import load_tokenizer, tokenizer_digest
 from ftray.errors import ConfigError, DataError, ModelError
@@ -55,15 +54,14 @@ def test_text_is_all_target_but_its_first_token(tokenizer, encoder):
 
 @pytest.mark.parametrize(("q", "a"), [("What is Brie?", "A cheese."), ("x", " y"), ("é日🧀", "🧀🧀 é"), ("", "all")])
 def test_completion_tokens_are_the_targets(tokenizer, encoder, q, a):
-    row = one(encoder, PAIR, {"q": q, "a": a})
-    tokens, targets = row
+    tokens, targets = one(encoder, PAIR, {"q": q, "a": a})
     assert tokens.tolist() == [*tokenizer(f"{q}\n{a}")["input_ids"], tokenizer.eos_token_id]
     assert targets[-1]
     said = tokenizer.decode(tokens[targets][:-1])
     assert said.strip() == a.strip()
-    assert "".join(text for text, _ in pieces(Row(*row, np.array([len(tokens)])), tokenizer)) == tokenizer.decode(
-        tokens
-    )
+    parts = marked(tokenizer, tokens.tolist(), targets.tolist())
+    assert "".join(text for text, _ in parts) == tokenizer.decode(tokens)
+    assert [target for _, target in parts] == [False, True]
 
 
 @given(st.text(st.sampled_from("ab é🧀\n.,"), max_size=12), st.text(st.sampled_from("ab é🧀\n.,"), max_size=12))

@@ -123,6 +123,19 @@ def test_shapes_equal_those_of_transformers(config: dict[str, Any]) -> None:
     assert set(mine.parts) == set(theirs.parts)
     assert (mine.embeddings, mine.norms, mine.tied) == (theirs.embeddings, theirs.norms, theirs.tied)
     assert mine.head.weights == theirs.head.weights
+    assert mine.learned_positions == theirs.learned_positions
+
+
+def test_what_nf4_cannot_hold_is_what_the_loader_leaves_out() -> None:
+    pytest.importorskip("torch")
+    from transformers import AutoConfig
+
+    from ftray.model.load import misfits
+
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 100, "vocab_size": 128}
+    shapes = shapes_of(config)
+    assert shapes.unquantized() == [f"transformer.h.{i}.mlp.{name}" for i in range(2) for name in ("c_fc", "c_proj")]
+    assert misfits(AutoConfig.for_model(**config)) == ("lm_head", shapes.unquantized())
 
 
 def test_the_parametrization_above_has_every_family() -> None:
@@ -225,6 +238,36 @@ def test_targets_that_match_nothing() -> None:
         make_plan(a_run("{name: lora, alpha_pattern: {'(': 4}}"), shapes)
 
 
+# ----------------------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("method", ["{name: lora}", "{name: full}", "{name: bottleneck}"])
+def test_rows_longer_than_learned_positions(method: str) -> None:
+    run = a_run(method, path="gpt2", train=", precision: fp32")
+    assert make_plan(run, shapes_in_table("gpt2"))
+    long = parse_run(run.to_yaml(), "test", ["data.max_length=1025"])
+    with pytest.raises(ModelError, match="rows of up to 1025 tokens are more than the base's 1024 positions") as caught:
+        make_plan(long, shapes_in_table("gpt2"))
+    assert "data.max_length" in str(caught.value)
+    rope = shapes_of({"model_type": "llama", **TINY, "max_position_embeddings": 1024})
+    assert make_plan(parse_run(a_run("{name: full}").to_yaml(), "test", ["data.max_length=4096"]), rope)
+
+
+@pytest.mark.parametrize(("family", "learned"), [("gpt2", True), ("opt", True), ("gpt_neox", False), ("llama", False)])
+def test_who_learns_positions(family: str, learned: bool) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ftray.model.source import learns_positions, shapes_of_module
+
+    size = {"n_embd": 64, "n_layer": 1, "n_head": 4} if family == "gpt2" else TINY | {"word_embed_proj_dim": 64}
+    settings = AutoConfig.for_model(family, **size)
+    with torch.device("meta"):
+        net = AutoModelForCausalLM.from_config(settings)
+    assert learns_positions(net) is learned
+    assert shapes_of_module(net, settings.to_dict()).learned_positions is learned
+
+
 # -------------------------------------------------------------------------------------------------------- memory
 
 
@@ -240,6 +283,11 @@ def test_optimizer_bytes() -> None:
     assert optimizer_bytes([1000, 8192], "paged_adamw_32bit") == 8 * 9192
     # the small tensor stays in fp32; the other has two states of a byte each, and two scales for every 256
     assert optimizer_bytes([1000, 8192], "adamw_8bit") == 8 * 1000 + 2 * 8192 + 2 * 4 * 32
+
+
+def with_strategy(run: Run, strategy: str) -> Run:
+    """On two workers."""
+    return parse_run(run.to_yaml(), "test", ["workers.count=2", f"strategy={strategy}"])
 
 
 def items(run: Run) -> dict[str, int]:
@@ -267,6 +315,17 @@ def test_weights_of_other_methods() -> None:
     assert "bf16 copies of trained weights" not in items(a_run(train=", precision: fp32"))
 
 
+def test_zero_3_moves_a_frozen_base_and_its_adapter_to_the_host() -> None:
+    shapes = shapes_in_table(LLAMA_8B)
+    run = with_strategy(a_run(workers=", gpu_memory_gib: 12"), "{zero: 3, offload_parameters: cpu}")
+    found = {item.name: item for item in make_plan(run, shapes).items}
+    assert found["weights"].bytes == 2 * 8_030_261_248 // 2
+    assert found["adapter weights"].bytes == 4 * 41_943_040 // 2
+    assert {found["weights"].place, found["adapter weights"].place} == {"host"}
+    on_gpu = make_plan(with_strategy(run, "{zero: 3}"), shapes)
+    assert {item.place for item in on_gpu.items if "weights" in item.name} == {"GPU"}
+
+
 def test_checkpointing_keeps_one_block() -> None:
     shapes = shapes_in_table(LLAMA_8B)
     run, saving = a_run(), a_run(train=", gradient_checkpointing: true")
@@ -276,6 +335,18 @@ def test_checkpointing_keeps_one_block() -> None:
     ends = 2 * 6 * 4096
     assert saved_bytes(run, shapes, targeted(run, shapes))[0] == int(tokens * (32 * a_layer + ends))
     assert saved_bytes(saving, shapes, targeted(saving, shapes))[0] == int(tokens * (32 * 8192 + a_layer + ends))
+
+
+def test_activations_are_told_both_ways() -> None:
+    def told(run: Run) -> tuple[int, str]:
+        item = next(item for item in make_plan(run, shapes_in_table(LLAMA_8B)).items if item.name == "activations")
+        return item.bytes, item.how
+
+    (whole, how), (saved, other) = told(a_run()), told(a_run(train=", gradient_checkpointing: true"))
+    assert how.endswith(f"; {saved / GIB:,.2f} GiB with gradient_checkpointing")
+    assert other.endswith(f"; {whole / GIB:,.2f} GiB without gradient_checkpointing")
+    mezo = make_plan(a_run("{name: full}", train=", optimizer: mezo"), shapes_in_table(LLAMA_8B))
+    assert "activations" not in {item.name for item in mezo.items}
 
 
 def test_a_micro_batch_is_no_larger_than_a_workers_share() -> None:
@@ -388,6 +459,17 @@ def test_the_cheapest_change_that_fits(method: str, gib: int, overrides: tuple[s
     assert make_plan(typed, shapes).total_gib == advice.plan.total_gib
 
 
+def test_another_optimizer_comes_without_the_keys_of_the_one_before() -> None:
+    shapes = shapes_in_table("gpt2-medium")
+    run = a_run(
+        "{name: full}", "gpt2-medium", ", optimizer: sgd, momentum: 0.8, betas: null", workers=", gpu_memory_gib: 5"
+    )
+    advice = cheapest_fit(run, shapes)
+    assert advice is not None
+    assert {"train.optimizer=adamw", "train.momentum=0.9"} < set(advice.overrides)
+    assert parse_run(run.to_yaml(), "test", [text.replace("'", "") for text in advice.overrides]).strategy
+
+
 def test_adapters_are_told_beside_offload() -> None:
     advice = cheapest_fit(a_run("{name: full}", workers=", gpu_memory_gib: 12"), shapes_in_table(LLAMA_8B))
     assert advice
@@ -395,6 +477,31 @@ def test_adapters_are_told_beside_offload() -> None:
     assert advice.instead
     assert advice.instead.overrides == ("train.gradient_checkpointing=true", "method='{name: qlora}'")
     assert advice.instead.plan.fits
+
+
+@pytest.mark.parametrize(
+    ("strategy", "overrides"),
+    [
+        ("{zero: 3}", ("strategy.zero=2",)),
+        ("{zero: 3, offload_parameters: cpu, keep_elements: 8_000_000_000}", ("strategy.zero=2",)),
+        (
+            "{zero: 3, offload_optimizer: nvme, offload_parameters: nvme, nvme_path: /x, keep_elements: 8_000_000_000}",
+            ("strategy.zero=2", "strategy.offload_optimizer=cpu", "strategy.nvme_path=null"),
+        ),
+    ],
+)
+def test_nf4_comes_with_zero_2(strategy: str, overrides: tuple[str, ...]) -> None:
+    shapes = shapes_in_table(LLAMA_8B)
+    run = with_strategy(a_run("{name: lora}", workers=", gpu_memory_gib: 11.5"), strategy)
+    advice = cheapest_fit(run, shapes)
+    assert advice is not None
+    assert {"method.name=qlora", *overrides} <= set(advice.overrides)
+    assert make_plan(parse_run(run.to_yaml(), "test", advice.overrides), shapes).fits
+    full = with_strategy(a_run("{name: full}", workers=", gpu_memory_gib: 12"), "{zero: 3}")
+    advice = cheapest_fit(full, shapes)
+    assert advice
+    assert advice.instead
+    assert "strategy.zero=2" in advice.instead.overrides
 
 
 def test_no_change_makes_a_70b_fit_a_small_gpu() -> None:

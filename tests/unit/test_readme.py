@@ -6,13 +6,14 @@ import re
 import shlex
 import stat
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 
 from ftray import errors
 from ftray.cli.main import app
-from ftray.config import load_run, parse_run, recipe_names
+from ftray.config import Method, load_run, parse_run, recipe_names
 from ftray.config.creation import creation_names
 from ftray.config.reading import search_recipe_names
 from ftray.config.search import load_search, parse_search
@@ -58,6 +59,32 @@ def test_every_command_is_on_the_page():
     assert set(group.list_commands(None)) <= told  # type: ignore[attr-defined, arg-type]
 
 
+def test_every_command_has_the_options_that_all_have():
+    def leaves(group, name=""):
+        for own in group.list_commands(None):
+            command = group.get_command(None, own)
+            yield from leaves(command, f"{own} ") if hasattr(command, "commands") else [(f"{name}{own}", command)]
+
+    lacking = {
+        name: missing
+        for name, command in leaves(typer.main.get_command(app))
+        if (missing := {"--json", "--verbose"} - {option for p in command.params for option in p.opts})
+    }
+    assert not lacking
+
+
+def test_what_is_said_of_nf4_is_so():
+    from ftray.config.methods import LOW_RANK, _EitherBase
+
+    for kind in get_args(get_args(Method)[0]):
+        name = get_args(kind.model_fields["name"].annotation)[0]
+        takes = f"method={{name: {name}, quantization: nf4}}"
+        if issubclass(kind, _EitherBase):
+            assert parse_run(RUN_FILE, "README", [takes]).method.quantized
+        else:
+            assert issubclass(kind, LOW_RANK) or name in ("full", "freeze")
+
+
 def test_the_run_file_is_valid_and_leaves_out_nothing_it_names():
     run = parse_run(RUN_FILE, "README")
     assert run.method.name == "qlora"
@@ -101,10 +128,6 @@ def test_every_recipe_is_told_and_exists():
 
 def test_methods_and_exit_codes_are_those_of_the_code():
     section = README.split("## Methods")[1].split("\n## ")[0]
-    from typing import get_args
-
-    from ftray.config import Method
-
     names = {get_args(m.model_fields["name"].annotation)[0] for m in get_args(get_args(Method)[0])}
     assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.M)))) == names
     codes = set(map(int, re.findall(r"^\| (\d+) \|", README.split("| exit code |")[1].split("\n\n")[0], re.M)))

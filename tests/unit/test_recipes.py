@@ -92,6 +92,7 @@ def test_the_lora_papers_hyperparameters() -> None:
     t = run.train
     assert (t.epochs, t.batch_rows, t.learning_rate, t.weight_decay) == (5, 8, 2e-4, 0.01)
     assert (t.schedule.name, t.schedule.warmup, t.optimizer) == ("linear", 500, "adamw")
+    assert t.label_smoothing == 0.1
     assert isinstance(run.method, LOW_RANK)
     assert (run.method.rank, run.method.alpha, run.method.dropout, run.method.targets) == (4, 32, 0.1, ["c_attn"])
 

@@ -7,10 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from ftray.config import load_run, parse_run
+from ftray.config.training import Optimizer
+from ftray.data import sources
 from ftray.errors import EXIT_USER, ConfigError
 
 RUN = """
@@ -26,6 +29,75 @@ MEZO = "train.optimizer=mezo"
 CASES: dict[str, tuple[tuple[str, ...], str, str]] = {
     # name: (overrides, the reason, what works instead)
     "a worker without rows": (("workers.count=17",), "batch_rows 16 leaves some of 17 workers", "raise train.batch"),
+    "workers that share a GPU": (
+        ("workers={count: 2, gpus: 0.5}",),
+        "several of 2 workers on one GPU, and NCCL refuses",
+        "workers.count: 1",
+    ),
+    "elastic workers that share a GPU": (("workers={min: 1, max: 4, gpus: 0.25}",), "of 1 to 4 workers", "gpus: 1"),
+    "a warm-up without an end": (
+        ("train.schedule.warmup=100",),
+        "warmup 100 is not below train.steps 100",
+        "a share of the steps, such as 0.03",
+    ),
+    "a part of a step": (("train.schedule.warmup=1.5",), "1.5 is neither a whole number of steps", "a share below 1"),
+    "one step or all": (("train.schedule.warmup=1.0",), "1.0 is neither a whole number of steps", "a share below 1"),
+    "one row or all": (("data.max_rejected=1.0",), "1.0 is neither a whole number of rows", "a share below 1"),
+    "rows of no evaluation": (
+        ("data.held_out_fraction=0", "train.evaluate_rows=5"),
+        "train.evaluate_rows needs held-out rows",
+        "set data.held_out",
+    ),
+    "momentum of adam": (("train.momentum=0.8",), "momentum does nothing with optimizer adamw", "use optimizer sgd"),
+    "betas of sgd": (
+        ("train.optimizer=sgd", "train.betas=[0.9, 0.95]"),
+        "betas does nothing with optimizer sgd",
+        "leave it out (which is null), or use optimizer adamw",
+    ),
+    "epsilon of lion": (("train.optimizer=lion", "train.epsilon=1e-6"), "epsilon does nothing", "which is 1e-08"),
+    "perturbed gradients": (("train.perturbation=0.01",), "perturbation does nothing", "use optimizer mezo"),
+    "clipping mezo": ((MEZO, "train.clip_norm=0.3"), "clip_norm does nothing with optimizer mezo", "(which is 1)"),
+    "an end of a constant rate": (
+        ("train.schedule={name: constant, final: 0.1}",),
+        "final does nothing with schedule constant",
+        "use schedule linear or cosine or wsd",
+    ),
+    "a decay of cosine": (("train.schedule.decay=0.5",), "decay does nothing with schedule cosine", "schedule wsd"),
+    "kept of what is whole": (
+        ("strategy={zero: 2, keep_elements: 1000}",),
+        "weights that ZeRO 3 gathers, here 2",
+        "leave it out (which is 100000000), or set strategy.zero: 3",
+    ),
+    "buckets of nothing": (
+        ("strategy={zero: 0, bucket_elements: 1000}",),
+        "bucket_elements does nothing with strategy.zero: 0",
+        "leave `strategy` out",
+    ),
+    "pages of nothing": (
+        ("strategy={zero: 2, pin_memory: false}",),
+        "pin_memory is of what is offloaded, and nothing is",
+        "offload_optimizer: cpu",
+    ),
+    "weight of held-out rows": (
+        ("data.held_out_fraction=0", "data.held_out=[{path: x.jsonl, format: text, weight: 2}]"),
+        "data.held_out.0.weight mixes what is trained on",
+        "leave it out",
+    ),
+    "weight of questions": (
+        ("evaluate={rows: [{path: x.jsonl, format: text, weight: 2}]}",),
+        "evaluate.rows.0.weight mixes what is trained on",
+        "leave it out",
+    ),
+    "a split of a file": (
+        ("data.sources.0.split=test",),
+        "data.sources.0.split is of Hugging Face data sets, and rows.jsonl is read as a file",
+        "set reader: datasets",
+    ),
+    "a subset of files": (
+        ("data.sources.0={path: s3://b/rows, reader: parquet, format: text, subset: de}",),
+        "subset is of Hugging Face data sets",
+        "set reader: datasets",
+    ),
     "evaluation of nothing": (
         ("data.held_out_fraction=0", "train.evaluate_every=5"),
         "train.evaluate_every needs held-out rows",
@@ -191,10 +263,36 @@ def test_refused_with_the_reason_and_what_works(name: str) -> None:
         (*DPO, "objective={name: dpo, reference_free: true}", "method={name: full}", "strategy={zero: 3}"),
         (*DPO, "objective={name: dpo, reference_free: true}", "method={name: prefix}"),
         (*DPO, "objective.label_smoothing=0.1", "train.neftune=5"),
+        ("workers={count: 1, gpus: 0.5}",),
+        ("workers={count: 2, gpus: 0}",),
+        ("train.schedule.warmup=99",),
+        ("train.schedule={name: wsd, warmup: 50.0, final: 0.1, decay: 0.5}",),
+        ("data.max_rejected=1",),
+        ("train.optimizer=sgd", "train.momentum=0.8", "train.betas=null"),
+        ("train.optimizer=lion", "train.betas=[0.9, 0.95]", "train.clip_norm=0.3"),
+        (MEZO, "train.perturbation=0.01", "train.clip_norm=null"),
+        ("strategy={zero: 3, keep_elements: 1000, offload_parameters: cpu, pin_memory: false}",),
+        ("strategy={zero: 0}",),
+        ("data.sources.0={path: org/name, reader: datasets, format: text, split: test, subset: de}",),
+        ("data.sources.0={path: saved, format: text, split: test}",),
+        ("data.sources.0.weight=2", "train.evaluate_rows=5"),
     ],
 )
 def test_what_a_refusal_names_instead_is_taken(overrides: tuple[str, ...]) -> None:
     parse_run(RUN, "run.yaml", overrides)
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_a_resolved_run_is_taken_again_with_every_default_in_it(optimizer: str, schedule: str) -> None:
+    run = parse_run(RUN, "run.yaml", [f"train.optimizer={optimizer}", f"train.schedule={schedule}"])
+    assert parse_run(run.to_yaml(), "run.yaml") == run
+
+
+@pytest.mark.parametrize("path", [f"a{e}{c}" for e in sources._KINDS for c in ("", *sources._COMPRESSIONS)])
+def test_a_file_is_told_by_the_endings_that_can_be_read(path: str) -> None:
+    run = parse_run(RUN, "run.yaml", [f"data.sources.0.path=s3://bucket/*/{path}"])
+    assert run.data.sources[0].is_file
 
 
 _ALONE = """

@@ -146,6 +146,13 @@ def test_tuned_is_what_the_artefact_holds(folder):
     assert page.row("Step")[2] == "40 (last)"
 
 
+def test_the_number_of_workers(folder):
+    for workers, told in (("{min: 1, max: 4}", "1 to 4 workers"), ("{count: 1}", "1 worker"), ("{}", "1 worker")):
+        run = parse_run(RUN, "cheese.yaml", [f"workers={workers}"])
+        (folder / "run.yaml").write_text(run.to_yaml())
+        assert f"QLoRA of rank 8 on Llama-3.1-8B, {told}, bf16" in _page(folder).text
+
+
 def test_without_keep_best_the_last_evaluation_counts(folder):
     run = parse_run(RUN, "cheese.yaml", ["train.keep_best=false"])
     (folder / "run.yaml").write_text(run.to_yaml())

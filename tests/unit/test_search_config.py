@@ -112,6 +112,24 @@ def test_another_method_drops_the_keys_that_it_has_not() -> None:
             assert (run.method.rank, run.method.alpha) == (2, 16)
 
 
+def test_another_optimizer_or_schedule_drops_what_it_does_not_look_at() -> None:
+    search = a_search(
+        "overrides.train={optimizer: sgd, momentum: 0.8, clip_norm: 0.5}",
+        "overrides.train.schedule={name: wsd, decay: 0.5, final: 0.1}",
+        "space={train.momentum: {choice: [0.7], when: {train.optimizer: sgd}}, "
+        "train.optimizer: {choice: [sgd, adamw, mezo]}, train.schedule.name: {choice: [wsd, linear, constant]}}",
+    )
+    seen = set()
+    for index in range(24):
+        train = search.run_of(draw(search, index), index).train
+        seen.add((train.optimizer, train.schedule.name))
+        assert train.momentum == (0.7 if train.optimizer == "sgd" else 0.9)
+        assert train.clip_norm == (1.0 if train.optimizer == "mezo" else 0.5)
+        schedules = {"wsd": (0.5, 0.1), "linear": (0.2, 0.1), "constant": (0.2, 0.0)}
+        assert (train.schedule.decay, train.schedule.final) == schedules[train.schedule.name]
+    assert len(seen) > 6
+
+
 def test_a_when_looks_at_the_run_where_the_space_has_no_such_key() -> None:
     search = a_search("space={method.rank: {choice: [2], when: {method.name: [dora]}}, seed: {choice: [1]}}")
     assert draw(search, 0) == {"seed": 1}

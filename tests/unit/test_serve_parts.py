@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftray.cli import quickstart
 from ftray.engine.request import Chunk, Event, Finished, Logprob, Usage
+from serve import local
 from serve.app import application, engine_options
 from serve.catalog import Recent
 from serve.config import ServeConfig
@@ -126,3 +130,33 @@ def test_ray_takes_the_options_of_fixed_and_of_moving_replicas() -> None:
     assert (scaling["min_replicas"], scaling["max_replicas"], scaling["target_ongoing_requests"]) == (1, 4, 16)
     for each in (fixed, moving):
         assert application(each)._bound_deployment.name == "Ingress"
+
+
+def test_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._say(b"ready")
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._say(b'{"choices": [{"message": {"content": " brie "}}]}')
+
+        def _say(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(local, "READY_SECONDS", 3.0)
+    with HTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        local._await_ready(address, lambda: None)
+        assert quickstart._answer(address, "cheese", "Which?") == "brie"
+        server.shutdown()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ftray.session import worker_environment
+import os
+from pathlib import Path
+
+import pytest
+
+from ftray.session import usable_cpus, worker_environment
 
 
 def test_no_secret_reaches_rays_logs():
@@ -18,3 +23,36 @@ def test_no_secret_reaches_rays_logs():
     passed = worker_environment(environment, verbose=False)
     assert not [value for value in passed.values() if "secret" in value]
     assert {"HF_HOME", "FTRAY_DATA", "NCCL_SOCKET_IFNAME"} <= passed.keys()
+
+
+@pytest.mark.parametrize(
+    ("limits", "cpus"),
+    [
+        ({}, 8),
+        ({"": "max 100000"}, 8),
+        ({"": "250000 100000"}, 3),
+        ({"": "1600000 100000"}, 8),
+        ({"": "10000 100000"}, 1),
+        ({"pods/own": "max 100000", "pods": "400000 100000"}, 4),
+        ({"pods/own": "200000 100000", "pods": "400000 100000"}, 2),
+        ({"pods/other": "100000 100000"}, 8),
+        ({"": "nonsense"}, 8),
+    ],
+)
+def test_cpus_are_those_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits, cpus) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for group, limit in limits.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / group / "cpu.max").write_text(f"{limit}\n")
+    own = tmp_path / "own"
+    assert usable_cpus(tmp_path, own) == (cpus if "" in limits or not limits else 8), "no cgroup file: the root's limit"
+    own.write_text("12:cpu:/elsewhere\n0::/pods/own\n")
+    assert usable_cpus(tmp_path, own) == cpus
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert usable_cpus(tmp_path, own) == 1
+
+
+def test_nobody_counts_the_machines_cpus_instead() -> None:
+    root = Path(__file__).parents[2]
+    files = [path for part in ("ftray", "serve") for path in (root / part).rglob("*.py")]
+    assert [f.name for f in files if "cpu_count" in f.read_text(encoding="utf-8")] == ["session.py"]

@@ -106,6 +106,8 @@ def test_warmup_as_a_share():
     assert warmup_steps(Schedule(warmup=0.03), 250) == 8
     assert warmup_steps(Schedule(warmup=10), 250) == 10
     assert warmup_steps(Schedule(warmup=0), 250) == 0
+    assert warmup_steps(Schedule(warmup=0.03), 1) == 0  # else its rate would be none
+    assert warmup_steps(Schedule(warmup=0.9), 5) == 4
 
 
 def test_final_rate():

@@ -30,6 +30,7 @@ def quickstart(
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one.", show_default=False)] = None,
     as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """List the shipped recipes, or print one.
 
