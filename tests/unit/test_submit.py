@@ -58,9 +58,12 @@ def with_data(*paths: str, **more: Any) -> dict[str, Any]:
     return {"data": {"sources": [{"path": path, "format": "text"} for path in paths], "max_length": 64, **more}}
 
 
+def commands() -> dict[str, Any]:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
 def packed(*arguments: str, upload: bool = False, shared: tuple[str, ...] = ()) -> Package:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return pack(_parsed(arguments, commands), Luggage(upload=upload, shared=shared))
+    return pack(_parsed(arguments, commands()), Luggage(upload=upload, shared=shared))
 
 
 def line(package: Package) -> str:
@@ -215,6 +218,37 @@ def test_an_endpoint(here: Path) -> None:
         packed("serve", "serve.yaml", "registry=adapters", upload=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "no such file"),
+        ("http_options: {port: 9000}\n", "applications"),
+        ("applications: []\n", "applications"),
+        ("applications: [{import_path: 'serve.app:build'}]\n", "args"),
+        ("applications: [{import_path: 'serve.app:build', args: {registry: s3://b/r}}]\n", "model"),
+        ("applications: [{import_path: 'serve.app:build', args: {model: {path: embedded}, slots: 3}}]\n", "slots"),
+    ],
+)
+def test_an_endpoint_that_is_none_is_told_with_place_and_key(
+    text: str | None, told: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (here / "serve.yaml").write_text(text)
+    assert call(["submit", "--dry-run", "--", "serve", "serve.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: serve.yaml: ")
+    assert told in error
+
+
+@pytest.mark.parametrize("words", [("serve", "a.yaml", "b.yaml"), ("tune", "a.yaml", "b.yaml")])
+def test_one_file_where_one_is_taken(words: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = {"model": {"path": "embedded"}}
+    file = {"applications": [{"import_path": "serve.app:build", "args": args}]}
+    (here / "a.yaml").write_text(yaml.safe_dump(file))
+    assert call(["submit", "--dry-run", "--", *words]) == 2
+    assert "one is taken" in capsys.readouterr().err
+
+
 def test_other_commands_and_wrong_words_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["submit", "--", "publish", "runs/a"]) == 2
     assert "no job for a cluster" in capsys.readouterr().err
@@ -261,6 +295,37 @@ def test_a_secret_in_the_command_is_refused_and_not_repeated(here: Path) -> None
     with pytest.raises(UserError, match="looks like a secret") as refused:
         packed("train", "run.yaml", "logging.mlflow=https://me:hunter2secret@host", upload=True)
     assert "hunter2" not in str(refused.value)
+
+
+def test_credentials_in_an_output_are_refused_and_not_repeated(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They come from a variable, and would stand in the job's metadata, filled in."""
+    monkeypatch.setenv("PW", "hunter2")
+    write(here / "run.yaml", output="s3://me:${PW}@bucket/{name}", **with_data("s3://bucket/x.jsonl"))
+    for more in ([], ["--json"]):
+        assert call(["submit", "--dry-run", *more, "--", "train", "run.yaml"]) == 2
+        told = "".join(capsys.readouterr())
+        assert "output of a: s3://***@bucket/a: credentials stand in this URI" in told
+        assert "AWS_PROFILE" in told
+        assert "hunter2" not in told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path: https://me:${PW}@host/x.jsonl",
+        "path: https://${PW:-nobody}@host/${PLAIN}.jsonl",
+        "path: https://host/x.jsonl?token=${PW}",
+        "headers: {Authorization: Bearer ${PW}}",
+    ],
+)
+def test_a_variable_among_credentials_is_a_secret_whatever_it_is_called(text: str, here: Path) -> None:
+    package = Package(_parsed(["train", "run.yaml", "name=${PLAIN}"], commands()), Luggage(), texts=[text])
+    environment = {"PW": "hunter2", "PLAIN": "a"}
+    assert variables(package, [], environment) == ({"PLAIN": "a"}, ["PW"])
+    with pytest.raises(UserError, match="looks like a secret"):
+        variables(package, ["PW"], environment)
 
 
 def test_variables_of_the_job_are_not_given_twice() -> None:
