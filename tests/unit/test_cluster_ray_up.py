@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,30 @@ def test_a_cluster_of_ray_up_asks_for_the_token(file: Path) -> None:
     assert "--dashboard-host=127.0.0.1" in commands, "reached by `ray dashboard`, through ssh"
     head = config.get("available_node_types", {}).get("head")
     assert "--num-cpus=0" in commands or head["resources"] == {"CPU": 0}
+
+
+def test_workers_on_google_cloud_have_a_service_account() -> None:
+    """`ray up` gives its own to the head alone, and who has none reaches no bucket."""
+    config = yaml.safe_load(TEXTS[CLUSTER / "ray-up" / "gcp.yaml"])
+    google = (Path(launcher().__file__).parent / "gcp" / "config.py").read_text(encoding="utf-8")
+    named = dict(re.findall(r'^(RAY|VERSION|SERVICE_ACCOUNT_EMAIL_TEMPLATE) = "(.*)"$', google, flags=re.M))
+    assert 'DEFAULT_SERVICE_ACCOUNT_ID = RAY + "-sa-" + VERSION' in google
+    own = named["SERVICE_ACCOUNT_EMAIL_TEMPLATE"].format(
+        account_id=f"{named['RAY']}-sa-{named['VERSION']}", project_id=config["provider"]["project_id"]
+    )
+    types = config["available_node_types"]
+    assert "serviceAccounts" not in types[config["head_node_type"]]["node_config"], "it gets Ray's"
+    for name in types.keys() - {config["head_node_type"]}:
+        (account,) = types[name]["node_config"]["serviceAccounts"]
+        assert account == {"email": own, "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}
+
+
+def test_on_aws_the_head_may_start_machines_and_workers_may_not() -> None:
+    text = TEXTS[CLUSTER / "ray-up" / "aws.yaml"]
+    types = yaml.safe_load(text)["available_node_types"]
+    profiles = {name: found["node_config"]["IamInstanceProfile"]["Name"] for name, found in types.items()}
+    assert profiles["head"] not in {profile for name, profile in profiles.items() if name != "head"}
+    said = text.split("cluster_name:")[0]
+    assert all(profile in said for profile in profiles.values())
+    for right in ("ec2:RunInstances", "TerminateInstances", "CreateTags", "Describe*", "iam:PassRole"):
+        assert right in said, right
