@@ -211,10 +211,10 @@ def test_plain_ray_job_submit(head: Head, tmp_path: Path) -> None:
     submit += [environment, "--submission-id"]
     command = [sys.executable, "-m", "ftray.cli.main", "train", "plain.yaml", "train.commit_every=5"]
 
-    def run(job: str, *more: str) -> subprocess.Popen[str]:
+    def run(job: str) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(
-            [*submit, job, "--", *command, *more],
+            [*submit, job, "--", *command],
             cwd=tmp_path,
             env=head.environment(),
             **pipes,  # type: ignore[call-overload]
@@ -225,14 +225,14 @@ def test_plain_ray_job_submit(head: Head, tmp_path: Path) -> None:
     code, text = done(ftray(head, tmp_path, "runs", "stop", "plain-1"))
     assert code == EXIT_OK, text
     done(first)
-    stopped = len(steps_of(tmp_path / "plain"))
+    assert len(steps_of(tmp_path / "plain")) < 400
     code, text = done(ftray(head, tmp_path, "runs", "show", "plain-1"))
     assert "stopped" in text
-    second = run("plain-2", f"train.steps={stopped + 5}")
+    second = run("plain-2")
     code, text = done(second)
     assert code == EXIT_OK, text
     assert "going on after step" in text
-    assert [event["step"] for event in steps_of(tmp_path / "plain")] == list(range(1, stopped + 6))
+    assert [event["step"] for event in steps_of(tmp_path / "plain")] == list(range(1, 401))
 
 
 def test_a_dashboard_that_is_away_for_a_while(head: Head, tmp_path: Path) -> None:
