@@ -7,11 +7,15 @@ import re
 import runpy
 import subprocess
 import tomllib
+from collections.abc import Iterable
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ftray import __version__
 from tests.unit.cluster import CLUSTER, PROJECT, ROOT, TEXTS, tool
@@ -137,6 +141,78 @@ def test_images_install_what_pyproject_says() -> None:
         given = re.search(r"^ARG EXTRAS=(.*)$", TEXTS[file], flags=re.M)
         assert given is not None
         assert set(given.group(1).split(",")) <= PROJECT["optional-dependencies"].keys()
+
+
+def locked(image: str) -> dict[str, str]:
+    """{package: its version} of an image's lock."""
+    lines = [line for line in TEXTS[CLUSTER / "docker" / f"{image}.lock"].splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines), "a version, and none of one index alone"
+    return dict(line.split("==") for line in lines)
+
+
+def installs(image: str) -> list[Requirement]:
+    """What the Dockerfile asks for."""
+    extras = re.search(r"^ARG EXTRAS=(.*)$", TEXTS[CLUSTER / "docker" / f"{image}.Dockerfile"], flags=re.M)
+    assert extras is not None
+    lines = image_requirements()["requirements"](PROJECT, extras.group(1).split(","), image == "serve")
+    return [Requirement(line) for line in lines]
+
+
+def unmet(wanted: Iterable[Requirement], lock: dict[str, str], **environment: str) -> list[str]:
+    """Those that have no version in the lock, or another than they take."""
+    there = {"python_version": "3.11", "python_full_version": "3.11.9", "sys_platform": "linux", "os_name": "posix"}
+    there |= {"platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython", "extra": ""}
+    found = []
+    for requirement in wanted:
+        version = lock.get(canonicalize_name(requirement.name))
+        if requirement.marker is not None and not requirement.marker.evaluate(there | environment):
+            continue
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            found.append(f"{requirement}: {version}")
+    return found
+
+
+@pytest.mark.parametrize("image", ["train", "serve"])
+def test_the_lock_pins_what_the_image_installs(image: str) -> None:
+    lock = locked(image)
+    assert unmet(installs(image), lock) == []
+    assert lock.items() <= locked("train").items(), "both images have the same versions"
+    assert {"deepspeed", "optuna"} & lock.keys() == ({"deepspeed", "optuna"} if image == "train" else set())
+    text = TEXTS[CLUSTER / "docker" / f"{image}.lock"]
+    assert "://" not in text
+    made = re.search(r"^# +python cluster/docker/requirements.py (.*) \|$", text, flags=re.M)
+    dockerfile = TEXTS[CLUSTER / "docker" / f"{image}.Dockerfile"]
+    extras = re.search(r"^ARG EXTRAS=(.*)$", dockerfile, flags=re.M)
+    assert made is not None
+    assert extras is not None
+    assert made.group(1) == f"{'--serve ' if image == 'serve' else ''}--extras {extras.group(1)}"
+    assert f"--requirements requirements.txt --constraints {image}.lock" in dockerfile
+
+
+@pytest.mark.parametrize("image", ["train", "serve"])
+def test_the_lock_has_what_its_packages_need(image: str) -> None:
+    """As far as they are installed here in these versions."""
+    lock, looked = locked(image), 0
+    wanted = {canonicalize_name(r.name): set(r.extras) for r in installs(image)}
+    for name, version in lock.items():
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if distribution.version.split("+")[0] != version:
+            continue
+        looked += 1
+        needs = [Requirement(line) for line in distribution.requires or []]
+        for extra in ["", *wanted.get(name, ())]:
+            assert unmet(needs, lock, extra=extra) == [], f"{name}[{extra}]"
+    assert looked > 30, "the tests' own environment has much of it"
+
+
+def test_what_a_lock_lacks_is_found() -> None:
+    wanted = installs("train")
+    lock = locked("train")
+    assert unmet(wanted, lock | {"torch": "2.12.0"}) == ["torch==2.13.0: 2.12.0"]
+    assert unmet(wanted, {name: v for name, v in lock.items() if name != "peft"})[0].startswith("peft")
 
 
 def test_nothing_of_the_endpoint_needs_what_its_image_leaves_out() -> None:
