@@ -28,8 +28,8 @@ def lines() -> list[str]:
 
 @pytest.fixture
 def typed(tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """Runs a line in a shell, in a folder of its own that has `cluster/`; gives what it printed. It is root already, and
-    its hosts have a name of their own; they are gone in the end."""
+    """Runs a line in a shell, in a folder of its own that has `cluster/`; gives what it printed. It is root already;
+    its hosts have a name of their own, and are gone in the end."""
     (tmp_path / "cluster").symlink_to(ROOT / "cluster")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FTRAY_"))}
