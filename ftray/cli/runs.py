@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from ftray.cli.words import count, duration, facts, table
-from ftray.errors import EXIT_OK, EXIT_STOPPED, FtrayError, RunError, UserError
+from ftray.errors import EXIT_OK, EXIT_STOPPED, DataError, FtrayError, RunError, UserError
 from ftray.jobs.cluster import Cluster, ConnectionLost, Job
 from ftray.jobs.listing import RunState, find, folders_in, is_ours, look, merged, of_job, runs_of, unread
 from ftray.jobs.outcome import outcome
@@ -70,8 +70,8 @@ def _states(folders: Iterable[str]) -> list[RunState]:
             found.append(_look(folder))
         except FtrayError as error:
             found.append(unread(folder, error.what))
-            if not isinstance(error.__cause__, PermissionError):  # that may be of one folder alone
-                failed[store] = error.what
+            if isinstance(error, RunError) and not isinstance(error.__cause__, PermissionError):
+                failed[store] = error.what  # a permission may be missing for one folder alone
     return [state for state in found if state is not None]
 
 
@@ -89,7 +89,7 @@ def _look(folder: str) -> RunState | None:
         raise
     except Exception as error:  # drivers raise errors of their own libraries
         text = " ".join(redact(str(error)).split())[:200]
-        raise RunError(f"it cannot be read: {type(error).__name__}: {text}", where=redact(folder)) from error
+        raise DataError(f"{type(error).__name__}: {text}", where=redact(folder)) from error
 
 
 def _held(folder: str) -> bool:
@@ -194,7 +194,7 @@ def _one(run: str, address: str | None, token_file: str | None) -> tuple[RunStat
 def _names(run: str) -> list[str]:
     """What a run is known by, the surest first: what was given, or of a run's or search's file the folder and the name
     that it gives. Raises ConfigError for a file that is neither."""
-    if not (os.path.isfile(run) or ("://" in run and run.endswith((".yaml", ".yml")))):
+    if not run.endswith((".yaml", ".yml")) or not ("://" in run or os.path.isfile(run)):
         return [run.rstrip("/")]
     from ftray.config import load_run
     from ftray.config.reading import load_raw

@@ -245,9 +245,10 @@ def _verb(command: str) -> str | None:
     return None
 
 
-def merged(jobs: Iterable[Job], folders: Iterable[RunState]) -> list[RunState]:
+def merged(jobs: Iterable[Job], folders: Iterable[RunState], now: float | None = None) -> list[RunState]:
     """Every run once, those that moved last first. Where it stands is what its folder says; whether it runs is what its
-    newest job says, unless the folder has moved since that job was over."""
+    newest job says, unless somebody was at work in the folder since that job was over."""
+    now = time.time() if now is None else now
     by_folder = {state.folder: state for state in folders}
     lines: list[RunState] = []
     told: set[str] = set()
@@ -258,7 +259,7 @@ def merged(jobs: Iterable[Job], folders: Iterable[RunState]) -> list[RunState]:
                 lines.append(of_the_job)
             elif folder not in told:
                 told.add(folder)
-                lines.append(_with_folder(of_the_job, by_folder.get(folder), job))
+                lines.append(_with_folder(of_the_job, by_folder.get(folder), job, now))
     lines += [state for folder, state in by_folder.items() if folder not in told]
     return sorted(lines, key=lambda line: line.changed or 0, reverse=True)
 
@@ -267,10 +268,13 @@ _CLOCKS_SECONDS = 60.0
 """Clocks of two machines may differ by this much."""
 
 
-def _with_folder(line: RunState, folder: RunState | None, job: Job) -> RunState:
+def _with_folder(line: RunState, folder: RunState | None, job: Job, now: float) -> RunState:
     if folder is None or folder.unread:
         return replace(line, unread=folder and folder.unread)
-    later = job.ended is not None and (folder.changed or 0) > job.ended + _CLOCKS_SECONDS
+    later = job.ended is not None and (
+        (folder.changed or 0) > job.ended + _CLOCKS_SECONDS
+        or (folder.state == "running" and now > job.ended + FRESH_SECONDS)  # a lease outlives a killed job for a while
+    )
     state = folder.state if later else line.state
     changed = max(filter(None, (line.changed, folder.changed)), default=None)
     return replace(folder, state=state, command=line.command, job=line.job, changed=changed, exit_code=line.exit_code)

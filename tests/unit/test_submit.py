@@ -550,6 +550,10 @@ def test_a_search_is_at_work_while_a_trial_is(tmp_path: Path, capsys: pytest.Cap
     assert listed(capsys, str(tmp_path))[0]["state"] == "running"
     (search / "outcome.json").write_text("{}\n")
     assert listed(capsys, str(tmp_path))[0]["state"] == "finished"
+    (search / "outcome.json").write_text("{")
+    (found,) = listed(capsys, str(tmp_path))
+    assert (found["name"], found["state"]) == ("s", "?")
+    assert "JSONDecodeError" in found["unread"]
 
 
 def test_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -589,6 +593,9 @@ def test_jobs_and_folders_are_told_once() -> None:
     assert "failed (3)" in runs_table(failed, 5000.0)
     gone_on = RunState("a", "finished", step=40, of=40, folder="s3://b/a", changed=9000.0)
     assert merged([job(2, "FAILED", exit_code=3, ended=2600.0)], [gone_on])[0].state == "finished"
+    held = replace(folder, state="running")  # by somebody without a job; on an object store nothing has moved yet
+    after = [merged([job(2, "FAILED", exit_code=3, ended=2600.0)], [held], now)[0].state for now in (2610.0, 3000.0)]
+    assert after == ["failed", "running"]
     both = merged([job(1, "SUCCEEDED", ended=1500.0)], [RunState("z", "running", folder="z", changed=9000.0)])
     assert [r.name for r in both] == ["z", "a"]
 
