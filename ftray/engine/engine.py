@@ -146,6 +146,8 @@ class Engine:
             raise RequestError(f"the prompt has tokens outside of the vocabulary of {self._vocabulary:,}")
         if len(request.prompt) >= self.context:
             raise self._too_long(request, 0)
+        with self._lock:
+            self._refuse_full(request)  # before a grammar is compiled, which may take half a second
         if request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
         wanted = request.sampling.grammar
@@ -153,13 +155,7 @@ class Engine:
         choice = Choice(request.sampling, request.prompt, self._vocabulary, self._ends, matcher)
         sequence = Sequence(request, choice, TextStream(self._detokenizer, request.sampling.stop))
         with self._lock:
-            if request.id in self._open:
-                raise RequestError(f"a request with the id {request.id!r} is in flight", hint="choose another id")
-            if len(self._open) >= self.options.slots + self.options.queue:
-                raise QueueFull(f"{len(self._open):,} requests are in flight", hint="try again later")
-            if self._of_tenant[request.tenant] >= self.options.slots + self.options.tenant_queue:
-                count = self._of_tenant[request.tenant]
-                raise QueueFull(f"{count:,} requests of yours are in flight", hint="try again when some have ended")
+            self._refuse_full(request)
             self._open[request.id] = request.tenant
             self._of_tenant[request.tenant] += 1
             self._inbox.append(sequence)
@@ -188,6 +184,15 @@ class Engine:
     def close(self) -> None:
         """Leave the base to another engine. Requests in flight get no more events."""
         self.adapters.close()
+
+    def _refuse_full(self, request: Request) -> None:
+        """Under the lock."""
+        if request.id in self._open:
+            raise RequestError(f"a request with the id {request.id!r} is in flight", hint="choose another id")
+        if len(self._open) >= self.options.slots + self.options.queue:
+            raise QueueFull(f"{len(self._open):,} requests are in flight", hint="try again later")
+        if (count := self._of_tenant[request.tenant]) >= self.options.slots + self.options.tenant_queue:
+            raise QueueFull(f"{count:,} requests of yours are in flight", hint="try again when some have ended")
 
     def _grammars(self) -> Grammars:
         """Made when they are first asked for: a tokenizer's takes a fifth of a second."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ftray.engine.request import Sampling
-from ftray.errors import QueueFull
+from ftray.engine.request import Grammar, Sampling
+from ftray.errors import QueueFull, RequestError
 from tests.engine.crowd import GREEDY, KINDS, PROMPT, Log, ask, run
 
 
@@ -100,4 +100,18 @@ def test_while_nothing_is_written_more_is_read_at_once(base, new_engine):
     engine.add(ask(base, "x", GREEDY, text=PROMPT * 5))
     engine.step()
     assert len(engine.slots.step.positions) == 40
+    run(engine)
+
+
+def test_a_grammar_is_compiled_for_nobody_who_is_refused_anyway(base, new_engine):
+    engine = new_engine(slots=1, queue=1, tenant_queue=0)
+    engine.add(ask(base, "first"))
+    wanted = Sampling(8, grammar=Grammar("json_schema", '{"type": "integer"}'))
+    with pytest.raises(QueueFull, match="1 requests of yours"):
+        engine.add(ask(base, "second", wanted))
+    with pytest.raises(RequestError, match="is in flight"):
+        engine.add(ask(base, "first", wanted))
+    assert engine._made is None
+    engine.add(ask(base, "third", wanted, tenant="u"))
+    assert engine._made is not None
     run(engine)
