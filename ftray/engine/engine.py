@@ -217,7 +217,7 @@ class Engine:
         for sequence in arrived:
             self._by_id[sequence.id] = sequence
             if sequence.request.adapter:
-                sequence.held = self.adapters.want(sequence.request.adapter)
+                sequence.held = self.adapters.want(sequence.request.adapter, sequence.tenant)
             self._queue.push(sequence.tenant, sequence)
         self.adapters.collect()
         events: list[Event] = []
