@@ -22,6 +22,7 @@ from ftray.engine import slots
 from ftray.engine.adapters import Adapters
 from ftray.engine.choice import Choice
 from ftray.engine.grammar import Grammars
+from ftray.engine.memory import Need
 from ftray.engine.options import EngineOptions
 from ftray.engine.probe import try_slots
 from ftray.engine.request import Chunk, Event, Finished, Request
@@ -31,6 +32,7 @@ from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable
 from ftray.engine.slots import Piece, Slots
 from ftray.engine.text import Detokenizer, TextStream
 from ftray.errors import FtrayError, ModelError, QueueFull, RequestError, RunError
+from ftray.model.free import free_on
 from ftray.model.pooled import Route
 from ftray.model.served import Adapter, Base
 from ftray.registry.ref import Ref
@@ -86,7 +88,7 @@ class Engine:
 
     `load` gives the adapter of a Ref, checked, in the host's memory (`Base.read`); it runs in threads of its own, and
     its FtrayError reaches those who wait for that adapter. A base has one engine at a time. Raises ModelError for a
-    context longer than the base's.
+    context longer than the base's, and for slots for which there is no memory.
     """
 
     def __init__(self, base: Base, load: Callable[[Ref], Adapter], options: EngineOptions | None = None) -> None:
@@ -99,10 +101,10 @@ class Engine:
                 where="engine.context",
                 hint=f"at most {positions:,}; null takes what the base has, up to 4,096",
             )
-        self.context = options.context or min(4096, positions)
+        self.context = options.places(positions)
         self.step_tokens = options.step_tokens or (2 * options.slots if cpu else options.slots + 512)
-        self.prompt_tokens = options.prompt_tokens or (256 if cpu else 4096)
-        self.slots = Slots(base.model, options.slots, self.context)
+        self.prompt_tokens = options.reads(gpu=not cpu)
+        self.slots = self._make_slots()
         self.adapters = Adapters(
             base.pooled,
             load,
@@ -135,6 +137,23 @@ class Engine:
         self._of_tenant: Counter[str] = Counter()
         self._woken = False
         """There may be something to do. Under the lock, as are the four above."""
+
+    def _make_slots(self) -> Slots:
+        model, count = self.base.model, self.options.slots
+        layers, heads, width = slots.shape_of(self.base.config)
+        need = Need(
+            slots=count,
+            context=self.context,
+            prompt_tokens=self.prompt_tokens,
+            heads=self.base.config.num_attention_heads,
+            token=2 * layers * heads * width * model.dtype.itemsize,
+            each=model.dtype.itemsize,
+        )
+        need.refuse(free_on(model.device), str(model.device))
+        try:
+            return Slots(model, count, self.context)
+        except RuntimeError as error:  # torch's, of a GPU or a CPU without so much
+            raise need.too_much(str(error).split("\n")[0]) from error
 
     # ---------------------------------------------------------------------------------------------------- any thread
 

@@ -34,3 +34,11 @@ class EngineOptions(Strict):
     reuse_prefixes: bool = True
     """Keys and values of an earlier prompt serve a later one that begins with the same tokens, for the same tenant and
     the same adapter."""
+
+    def places(self, positions: int | None) -> int:
+        """`context` on a base of so many positions; None: it does not say."""
+        return self.context or min(4096, positions or 4096)
+
+    def reads(self, gpu: bool) -> int:
+        """`prompt_tokens` on such a device."""
+        return self.prompt_tokens or (4096 if gpu else 256)
