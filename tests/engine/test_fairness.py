@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
-from ftray.engine.request import Sampling
-from ftray.errors import QueueFull
+from ftray.engine.request import Grammar, Sampling
+from ftray.errors import QueueFull, RequestError
 from tests.engine.crowd import GREEDY, KINDS, PROMPT, Log, ask, run
 
 
@@ -100,4 +102,61 @@ def test_while_nothing_is_written_more_is_read_at_once(base, new_engine):
     engine.add(ask(base, "x", GREEDY, text=PROMPT * 5))
     engine.step()
     assert len(engine.slots.step.positions) == 40
+    run(engine)
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_who_asks_for_a_thousand_adapters_and_hangs_up_keeps_nobody_waiting(base, new_engine, adapters):
+    engine, gate = new_engine(queue=1200, tenant_queue=1200), threading.Event()
+    for i in range(1000):
+        adapters.special[f"lora-{i}"] = lambda: gate.wait(30) and adapters.make("lora")
+        engine.add(ask(base, f"flood{i}", GREEDY, f"lora-{i}", tenant="flood"))
+    log = Log()
+    log.take(engine.step())
+    engine.add(ask(base, "few", GREEDY, "lora-two", tenant="few"))
+    log.take(engine.step())
+    threading.Timer(0.05, gate.set).start()
+    run(engine, until=lambda log: "few" in log.last, log=log)
+    assert adapters.asked.index("lora-two") <= 3, "those that were being read, and one more"
+    for i in range(1000):
+        engine.cancel(f"flood{i}")
+    log.take(engine.step())
+    asked = len(adapters.asked)
+    run(engine, ask(base, "last", GREEDY, "lora-new", tenant="few"), log=log)
+    assert adapters.asked[asked:] == ["lora-new"]
+    assert len(adapters.asked) < 1000
+
+
+@pytest.mark.parametrize("tenant", ["many", "few"])
+@pytest.mark.parametrize("places", [1, 2])
+def test_steady_use_of_the_adapters_on_the_device_does_not_keep_another_from_it(base, new_engine, tenant, places):
+    engine = new_engine(slots=4 * places, adapters=places)
+    names, log, added = ["lora", "lora-two"][:places], Log(), 0
+    while "x" not in log.last:
+        while engine.in_flight() < 12 * places:
+            short = Sampling(3 + added % 5, ignore_end=True)  # they do not all end in one step
+            engine.add(ask(base, str(added), short, names[added % places], "A", "many"))
+            added += 1
+            if added == 20:
+                engine.add(ask(base, "x", GREEDY, "lora-third", tenant=tenant))
+        engine.wait(0.05)
+        log.take(engine.step())
+        assert added < 120, "it never ran"
+    assert log.last["x"].reason == "length"
+    run(engine, log=log)
+
+
+def test_a_grammar_is_compiled_for_nobody_who_is_refused_anyway(base, new_engine):
+    engine = new_engine(slots=1, queue=1, tenant_queue=0)
+    engine.add(ask(base, "first"))
+    wanted = Sampling(8, grammar=Grammar("json_schema", '{"type": "integer"}'))
+    with pytest.raises(QueueFull, match="1 requests of yours"):
+        engine.add(ask(base, "second", wanted))
+    with pytest.raises(RequestError, match="is in flight"):
+        engine.add(ask(base, "first", wanted))
+    assert engine._made is None
+    engine.add(ask(base, "third", wanted, tenant="u"))
+    assert engine._made is not None
     run(engine)
