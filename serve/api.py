@@ -24,17 +24,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftray import __version__
-from ftray.config.explain import explain
+from ftray.config.explain import cut, explain
 from ftray.errors import ArtefactError, ConfigError, FtrayError, UnknownAdapter
 
 from .catalog import Caller, ask
 from .endpoint import Endpoint, Served, SlowClient
 from .errors import ApiError, bad_request
-from .openai import ChatRequest, CompletionRequest, without_defaults
+from .openai import ChatRequest, Common, CompletionRequest, check_choices, without_defaults
 from .tenants import Limits, hash_of
 
 log = logging.getLogger("ray.serve")
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=Common)
 T = TypeVar("T")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _HEADERS = [
@@ -92,7 +92,7 @@ def _add_openai(api: FastAPI, endpoint: Endpoint) -> None:
 
     async def answered(request: Request, kind: Any) -> Response:
         who, limits = await admitted(request)
-        body = read_body(await request.body(), kind)
+        body = read_body(await request.body(), kind, endpoint.config.bounds.choices)
         served = await endpoint.begin(request.state.id, who, limits, body, request.state.arrived)
         if body.stream:
             return EventStream(endpoint, served)
@@ -265,20 +265,22 @@ _POLICY = (
 # ------------------------------------------------------------------------------------------------------------- bodies
 
 
-def read_body(content: bytes, kind: type[B]) -> B:
-    """A request's body. Raises ApiError 400 with the key and what is wrong with it."""
+def read_body(content: bytes, kind: type[B], choices: int) -> B:
+    """A request's body, which may ask for that many answers. Raises ApiError 400 with the key and what is wrong with
+    it."""
     try:
         raw = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise bad_request(f"The body is not JSON: {error}.") from None
     if not isinstance(raw, dict):
         raise bad_request("The body should be a JSON object.")
+    check_choices(raw, kind, choices)
     try:
         return kind.model_validate(without_defaults(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        param = next((part for part in first["loc"] if isinstance(part, str)), None)
-        raise bad_request(f"{explain(error, kind)[0]}.", param) from None
+        first = error.errors(include_url=False)[0]
+        param = next((cut(part) for part in first["loc"] if isinstance(part, str)), None)
+        raise bad_request(f"{explain(error, kind, most=1)[0]}.", param) from None
 
 
 class Answered(Response):

@@ -30,7 +30,7 @@ from .tenants import Limits, Tenants
 log = logging.getLogger("ray.serve")
 WATCH_SECONDS = 5.0
 LONG_TEXT = 16_384
-"""Characters from which on a prompt is tokenized in a thread, so that other streams go on."""
+"""Characters of a request from which on it is tokenized in a thread, so that other streams go on."""
 Send = Callable[[bytes], Awaitable[None]]
 
 
@@ -129,9 +129,6 @@ class Endpoint:
             raise ApiError(503, "No engine is ready yet.", code="not_ready", retry_after=2)
         adapter = await self.catalog.choose(caller, body.model)
         prompts = await self._tokenized(body)
-        count = len(prompts) * body.count
-        if count > self.config.bounds.choices:
-            raise bad_request(f"{count} answers to one request; the limit is {self.config.bounds.choices}.", "n")
         requests = [
             Request(
                 id=f"{id}-{p * body.count + i}",
@@ -143,7 +140,7 @@ class Endpoint:
             for p, prompt in enumerate(prompts)
             for i in range(body.count)
         ]
-        ticket = self.quotas.admit(caller.tenant, limits, tokens=sum(map(len, prompts)), answers=count)
+        ticket = self.quotas.admit(caller.tenant, limits, tokens=sum(map(len, prompts)), answers=len(requests))
         is_chat = isinstance(body, ChatRequest)
         shape = Shape(
             chat=is_chat,
@@ -167,24 +164,17 @@ class Endpoint:
         return served
 
     async def _tokenized(self, body: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
-        if isinstance(body, ChatRequest):
-            messages = [message.turn() for message in body.messages]
-            long = sum(len(turn["content"]) for turn in messages) > LONG_TEXT
-            whole = [await self._run(long, self.prompts.of_chat, messages)]
-        else:
-            whole = []
-            for prompt in body.prompts():
-                if isinstance(prompt, str):
-                    whole.append(await self._run(len(prompt) > LONG_TEXT, self.prompts.of_text, prompt))
-                else:
-                    whole.append(self.prompts.checked(prompt))
-        if not all(whole):
+        long = body.size > LONG_TEXT
+        found = await asyncio.to_thread(self._tokens, body) if long else self._tokens(body)
+        if not all(found):
             raise bad_request("A prompt without tokens leaves nothing to go on from.", "prompt")
-        return whole
+        return found
 
-    @staticmethod
-    async def _run(in_thread: bool, call: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.to_thread(call, *args) if in_thread else call(*args)
+    def _tokens(self, body: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
+        if isinstance(body, ChatRequest):
+            return [self.prompts.of_chat(body.turns())]
+        of = self.prompts
+        return [of.of_text(prompt) if isinstance(prompt, str) else of.checked(prompt) for prompt in body.prompts()]
 
     def end(self, served: Served) -> None:
         """Give back all that the request holds, once; what is still being made is cancelled."""
