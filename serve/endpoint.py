@@ -140,7 +140,8 @@ class Endpoint:
             for p, prompt in enumerate(prompts)
             for i in range(body.count)
         ]
-        ticket = self.quotas.admit(caller.tenant, limits, tokens=sum(map(len, prompts)), answers=len(requests))
+        read = sum(map(len, prompts))
+        ticket = self.quotas.admit(caller.tenant, limits, tokens=read, answers=len(requests))
         is_chat = isinstance(body, ChatRequest)
         shape = Shape(
             chat=is_chat,
@@ -157,8 +158,10 @@ class Endpoint:
             for error in found:
                 if isinstance(error, BaseException):
                     raise error
-        except BaseException:
+        except BaseException as error:
             self.end(served)
+            if isinstance(error, ApiError):  # nobody answers, and nobody left
+                ticket.charge(-read)
             raise
         self.metrics.in_flight.inc()
         return served
@@ -184,7 +187,9 @@ class Endpoint:
         served.ticket.close()
 
     def note(self, served: Served, index: int, end: Finished) -> None:
-        """One answer ended."""
+        """One answer ended. It counts once."""
+        if index in served.usages:
+            return
         if end.error is not None and not isinstance(end.error, RequestError):
             log.error("request %s, adapter %s: %s", served.id, served.adapter or "-", end.error)
         usage, series = end.usage, self._series(served)
@@ -199,8 +204,11 @@ class Endpoint:
         return self.metrics.series(served.caller.tenant, served.adapter.digest if served.adapter else None)
 
     def finish(self, served: Served) -> None:
-        """`end`, of a request that was begun."""
+        """`end`, of a request that was begun. What was written counts, whether or not its end came: a client that hangs
+        up has had it written."""
         self.end(served)
+        for index, answer in enumerate(served.answers):
+            self.note(served, index, answer.end or answer.cut_off())
         self.metrics.in_flight.dec()
         seconds = time.monotonic() - served.arrived
         self._series(served).latency.observe(seconds)

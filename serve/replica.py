@@ -9,6 +9,7 @@ either side, and a step may make one piece of text for each of 32 answers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -41,6 +42,8 @@ from .wire import Accepted, Refused, Reply, join, merge
 log = logging.getLogger("ray.serve")
 IDLE_SECONDS = 1.0
 """An `events` call ends when its ingress has had no request here for so long: an open call would hold up draining."""
+TELL_SECONDS = 1.0
+"""An answer that does not stream is told in parts too: who leaves before its end has had them written."""
 MOST_EVENTS = 50_000
 """What waits for an ingress, at most; one that takes nothing has ended."""
 
@@ -72,9 +75,16 @@ class _Running:
 
     done: asyncio.Event = field(default_factory=asyncio.Event)
     outbox: _Outbox | None = None
-    """None: it does not stream; its chunks are kept."""
+    """None: it does not stream; its chunks are kept until they are told."""
     chunks: list[Chunk] = field(default_factory=list)
     end: Finished | None = None
+
+    def take(self) -> list[Event]:
+        """What does not go through an outbox."""
+        if self.outbox is not None:
+            return []
+        chunks, self.chunks = self.chunks, []
+        return [*([join(chunks)] if chunks else []), *([self.end] if self.end else [])]
 
 
 class Bridge:
@@ -94,7 +104,7 @@ class Bridge:
         self.engine = made.result()
 
     async def run(self, request: Request, ingress: str, streams: bool) -> AsyncIterator[Reply]:
-        """Answer one request. Yields Accepted or Refused; then, if it does not stream, all its events at its end. Who
+        """Answer one request. Yields Accepted or Refused; then, if it does not stream, its events, now and then. Who
         stops listening cancels it."""
         self._loop = asyncio.get_running_loop()
         if self.broken or self._stop.is_set():
@@ -116,10 +126,14 @@ class Bridge:
                 yield Refused(error)
                 return
             yield Accepted(self.name)
-            await running.done.wait()
-            if not streams:
-                assert running.end is not None
-                yield [*([join(running.chunks)] if running.chunks else []), running.end]
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(running.done.wait(), None if streams else TELL_SECONDS)
+                ended = running.done.is_set()
+                if told := running.take():
+                    yield told
+                if ended:
+                    break
         finally:
             if not running.done.is_set():
                 self.engine.cancel(request.id)

@@ -52,7 +52,8 @@ class Limits(Strict):
 
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
-    """Of prompts and answers together. Answers count as they end, so that one minute may run over and the next pays."""
+    """Of prompts and answers together. Answers count as they end, so that one minute may run over and the next pays;
+    those that were left or cut off with what was written by then."""
     concurrency: int | None = Field(None, ge=1)
     """Answers in the making at once."""
 
