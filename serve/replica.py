@@ -163,8 +163,8 @@ class Bridge:
                 await asyncio.wait_for(outbox.ready.wait(), IDLE_SECONDS)
             except TimeoutError:
                 if not outbox.running:
-                    if outbox.reader == number:
-                        self._outboxes.pop(ingress, None)
+                    if outbox.reader == number and self._outboxes.get(ingress) is outbox:
+                        del self._outboxes[ingress]  # after an overflow another one has the name
                     return
                 continue
             if outbox.reader != number:
