@@ -14,8 +14,9 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -37,6 +38,7 @@ from ftray.registry.ref import Ref
 from ftray.registry.store import Registry
 
 from .config import ServeConfig
+from .metrics import MOST_SERIES
 from .wire import Accepted, Refused, Reply, join, merge
 
 log = logging.getLogger("ray.serve")
@@ -251,7 +253,7 @@ class EngineReplica:
         stats = self._engine.stats()
         counted = {field.name: getattr(stats, field.name) for field in fields(stats)}
         counted |= {"context": self._engine.context, "adapters": len(stats.resident)}
-        return {"replica": self._bridge.name, **counted, **self._shelf.counted(stats.resident)}
+        return {"replica": self._bridge.name, **counted, **self._shelf.counted()}
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For the router: whose adapters are here."""
@@ -264,6 +266,17 @@ class EngineReplica:
     def __del__(self) -> None:
         if bridge := getattr(self, "_bridge", None):
             bridge.close()
+
+
+@dataclass
+class _Tally:
+    """Of one adapter."""
+
+    loads: int = 0
+    failures: int = 0
+    evictions: int = 0
+    """Times that it left memory: each is counted when its last reference goes, not when somebody looks."""
+    load_seconds: float = 0.0
 
 
 class Shelf:
@@ -279,38 +292,48 @@ class Shelf:
             own = digest_of([base.digest, template])[:16]  # what lies there was checked against this base
             self._cache = Cache(Path(whole) / own, config.cache.max_bytes, Registry(config.registry), facts)
         self._lock = threading.Lock()
-        self._counts: dict[str, Counter[tuple[str, str]]] = {
-            what: Counter() for what in ("loads", "failures", "evictions")
-        }
-        self._resident: set[Ref] = set()
-        self._seconds: dict[tuple[str, str], float] = {}
+        self._tallies: OrderedDict[tuple[str, str], _Tally] = OrderedDict()
+        """By (tenant, digest), the latest last."""
+        self._gone: deque[Ref] = deque()
+        """Adapters that left memory and are not counted yet. Without the lock, which whoever let the last reference go
+        may hold."""
 
     def load(self, ref: Ref) -> Adapter:
         """For the engine's threads. Raises ArtefactError."""
-        began, what = time.monotonic(), "failures"
+        began, adapter = time.monotonic(), None
         try:
             if self._cache is None:
                 raise ArtefactError("this endpoint has no registry", where=str(ref))
             with self._cache.get(ref) as folder:
                 adapter = self._base.read(folder)
-            what = "loads"
+            weakref.finalize(adapter, self._gone.append, ref).atexit = False
             return adapter
         finally:
             with self._lock:
-                self._counts[what][ref.tenant, ref.digest] += 1
-                key = ref.tenant, ref.digest
-                self._seconds[key] = self._seconds.get(key, 0.0) + time.monotonic() - began
+                tally = self._tally(ref)
+                tally.loads += adapter is not None
+                tally.failures += adapter is None
+                tally.load_seconds += time.monotonic() - began
 
-    def counted(self, resident: Iterable[Ref]) -> dict[str, Any]:
-        """Loads, failures, evictions and seconds by (tenant, digest); `resident` is what lies in memory now."""
+    def counted(self) -> dict[str, Any]:
+        """Loads, failures, evictions and seconds by (tenant, digest)."""
         with self._lock:
-            for ref in self._resident - (now := set(resident)):
-                self._counts["evictions"][ref.tenant, ref.digest] += 1
-            self._resident = now
+            while self._gone:
+                ref = self._gone.popleft()
+                if tally := self._tallies.get((ref.tenant, ref.digest)):
+                    tally.evictions += 1
             return {
-                **{what: dict(counts) for what, counts in self._counts.items()},
-                "load_seconds": dict(self._seconds),
+                what.name: {who: getattr(tally, what.name) for who, tally in self._tallies.items()}
+                for what in fields(_Tally)
             }
+
+    def _tally(self, ref: Ref) -> _Tally:
+        """As many are kept as series of an ingress; the one that was loaded longest ago is forgotten."""
+        found = self._tallies.setdefault((ref.tenant, ref.digest), _Tally())
+        self._tallies.move_to_end((ref.tenant, ref.digest))
+        while len(self._tallies) > MOST_SERIES:
+            self._tallies.popitem(last=False)
+        return found
 
 
 def make_base(config: ServeConfig) -> Base:

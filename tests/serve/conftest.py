@@ -107,7 +107,7 @@ class InProcess:
         stats = self.bridge.engine.stats()
         counted = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
         counted |= {"replica": "here", "context": self.bridge.engine.context, "adapters": len(stats.resident)}
-        return [counted | self.shelf.counted(stats.resident)]
+        return [counted | self.shelf.counted()]
 
 
 class Running:
