@@ -114,7 +114,9 @@ class Ingress:
                 hint="set it to a file of tenants and keys, or unset RAY_SERVE_ENABLE_HA_PROXY",
             )
         name = serve.get_replica_context().replica_id.unique_id
-        tenants = Tenants(settings.tenants, settings.refresh_seconds) if settings.tenants else None
+        tenants = None
+        if settings.tenants:
+            tenants = Tenants(settings.tenants, settings.refresh_seconds, settings.ingress.replicas)
         if tenants is None:
             log.warning("no tenants are configured: requests from this machine alone are answered, without a key")
         registry = Registry(settings.registry) if settings.registry else None

@@ -29,6 +29,8 @@ from .tenants import Limits, Tenants
 
 log = logging.getLogger("ray.serve")
 WATCH_SECONDS = 5.0
+TENANTS_SECONDS = 5.0
+"""How long a request waits for its tenants' file to be read again; then those that are known count."""
 LONG_TEXT = 16_384
 """Characters of a request from which on it is tokenized in a thread, so that other streams go on."""
 Send = Callable[[bytes], Awaitable[None]]
@@ -109,8 +111,8 @@ class Endpoint:
         """Who shows this header. Raises ApiError 401."""
         if self.tenants is None:
             return OPEN, Limits()
-        if self.tenants.is_due and (said := await asyncio.to_thread(self.tenants.refresh)):
-            log.warning("tenants: %s", said)
+        if self.tenants.is_due:
+            await self._look_at(self.tenants)
         kind, _, key = (authorization or "").partition(" ")
         name = self.tenants.tenant_of(key.strip()) if kind.lower() == "bearer" and key else None
         tenant = self.tenants.get(name) if name else None
@@ -118,6 +120,15 @@ class Endpoint:
             missing = "Write your key into the header: Authorization: Bearer KEY."
             raise ApiError(401, "This key is not known, or no longer." if key else missing, code="invalid_api_key")
         return Caller(name), tenant.limits
+
+    @staticmethod
+    async def _look_at(tenants: Tenants) -> None:
+        try:
+            said = await asyncio.wait_for(asyncio.to_thread(tenants.refresh), TENANTS_SECONDS)
+        except TimeoutError:
+            said = tenants.status.error = f"the last good ones stay: {tenants.uri} is not read in {TENANTS_SECONDS:g} s"
+        if said:
+            log.warning("tenants: %s", said)
 
     # ------------------------------------------------------------------------------------------------- one request
 

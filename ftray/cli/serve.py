@@ -23,7 +23,7 @@ def serve_command(where: str, overrides: list[str], *, check: bool, as_json: boo
 
     file = load_serve(where, overrides)
     if file.config.tenants:
-        read_tenants(file.config.tenants)
+        read_tenants(file.config.tenants, file.config.ingress.replicas)
     if check:
         print(json.dumps(file.dump(), indent=2) if as_json else f"{to_yaml(file)}\n{describe(file)}")
         return EXIT_OK
