@@ -27,7 +27,7 @@ from ftray import __version__
 from ftray.config.explain import cut, explain
 from ftray.errors import ArtefactError, ConfigError, FtrayError, UnknownAdapter
 
-from .catalog import Caller, ask
+from .catalog import Caller
 from .endpoint import Endpoint, Served, SlowClient
 from .errors import ApiError, bad_request
 from .openai import ChatRequest, Common, CompletionRequest, check_choices, without_defaults
@@ -133,6 +133,8 @@ def _add_health(api: FastAPI, endpoint: Endpoint) -> None:
         }
         if endpoint.tenants is not None and endpoint.tenants.status.error:
             found["tenants"] = "the last good ones; the file is broken, see the log"
+        if endpoint.catalog.error:
+            found["registry"] = "what was last known of it; it cannot be reached, see the log"
         return Answered(found, 200 if ready else 503)
 
     @api.get("/metrics", response_class=Response)
@@ -164,7 +166,7 @@ def _add_admin(api: FastAPI, endpoint: Endpoint) -> None:
 
     async def changed(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
-            found = await ask(lambda: call(*args, **options))
+            found = await endpoint.catalog.ask(lambda: call(*args, **options))
         except UnknownAdapter as error:
             raise ApiError(404, str(error), code="adapter_not_found") from None
         except ConfigError as error:
@@ -211,7 +213,7 @@ def _add_admin(api: FastAPI, endpoint: Endpoint) -> None:
     @api.post("/admin/refresh", dependencies=guard, responses=_REFUSALS)
     async def refresh() -> Response:
         """Ask the registry again at the next request, instead of within `refresh_seconds`."""
-        endpoint.catalog.forget()
+        endpoint.catalog.refresh()
         return Answered({"refreshed": True})
 
     @api.get("/admin/replicas", dependencies=guard, responses=_REFUSALS)

@@ -123,7 +123,9 @@ class Ingress:
         self.endpoint = Endpoint(
             settings,
             prompts=Prompts(settings.model, settings.chat_template),
-            catalog=Catalog(registry, settings.name_of_base, tenants, settings.refresh_seconds),
+            catalog=Catalog(
+                registry, settings.name_of_base, tenants, settings.refresh_seconds, settings.outage_seconds
+            ),
             link=Link(ServeReplicas(engine), name, settings.bounds.unread_bytes),
             metrics=Metrics(name),
             tenants=tenants,

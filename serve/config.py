@@ -138,6 +138,9 @@ class ServeConfig(Strict):
     refresh_seconds: float = Field(2.0, ge=0)
     """A name keeps leading to the same version for so long; then the registry is asked again. Of the tenants' file it
     is how often it is looked at."""
+    outage_seconds: float = Field(3600.0, ge=0)
+    """While the registry cannot be reached, a name keeps leading to the version that it had last, for so long. An
+    adapter that is removed meanwhile lives on until then. 0: every adapter is refused with 503 at once."""
     engine: EngineOptions = EngineOptions()
     replicas: Replicas = Replicas()
     ingress: Ingress = Ingress()
