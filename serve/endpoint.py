@@ -267,24 +267,27 @@ class Endpoint:
         """Send the answer as server-sent events. An error after the first of them is an event too, and then there is
         no `[DONE]`; one before it is raised, as ApiError. Raises SlowClient when the client takes nothing."""
         self.streams += 1
-        lock, started = asyncio.Lock(), False
+        lock, sent, most = asyncio.Lock(), 0, self.config.bounds.stream_bytes
 
         async def say(*messages: dict[str, Any]) -> None:
-            nonlocal started
+            nonlocal sent
+            data = _events(*messages)
             async with lock:
-                started = True
-                await self._send(send, b"".join(b"data: %b\n\n" % orjson.dumps(message) for message in messages))
+                if sent + len(data) > most:
+                    text = f"A streamed answer has at most {most:,} bytes; ask for less, or for fewer `logprobs`."
+                    raise ApiError(400, text, code="answer_too_large")
+                sent += len(data)
+                await self._send(send, data)
 
         try:
             error = await self._stream_choices(served, say)
-            if error is not None and not started:
+            if error is not None and not sent:
                 raise error
             if error is not None:
-                await say(error.body)
+                await self._send(send, _events(error.body))
                 return
-            if served.body.includes_usage:
-                await say(served.shape.usage_part(served.usage()))
-            await self._send(send, b"data: [DONE]\n\n")
+            usage = _events(served.shape.usage_part(served.usage())) if served.body.includes_usage else b""
+            await self._send(send, usage + b"data: [DONE]\n\n")
         finally:
             self.streams -= 1
             self.finish(served)
@@ -355,6 +358,10 @@ class Endpoint:
         seconds = pause_seconds(self.streams, self._messages_per_second) - (time.monotonic() - since)
         if seconds > 0:
             await asyncio.sleep(seconds)
+
+
+def _events(*messages: dict[str, Any]) -> bytes:
+    return b"".join(b"data: %b\n\n" % orjson.dumps(message) for message in messages)
 
 
 def pause_seconds(streams: int, messages_per_second: float) -> float:

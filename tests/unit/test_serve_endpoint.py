@@ -49,6 +49,9 @@ class Scripted:
         else:
             yield events
         await asyncio.sleep(0.05)
+        while then == "goes on and on":
+            self.events_of.put_nowait([written])
+            await asyncio.sleep(0)
         if then == "dies":
             raise ConnectionError
         await asyncio.sleep(60)
@@ -182,6 +185,20 @@ def test_the_siblings_of_an_answer_that_fails_count_and_each_once(streams: bool)
         "ftray_completion_tokens_total": 10,
         "ftray_prompt_tokens_total": 6,
     }
+
+
+def test_a_stream_has_an_end_whoever_reads_it() -> None:
+    """Ray's proxies read for a client who does not, and keep all of it."""
+    found, said = endpoint("goes on and on", stream_bytes=4096), []
+
+    async def send(data: bytes) -> None:
+        said.append(data)
+
+    assert ask(found, lambda served: found.stream(served, send), stream=True, n=1) is None
+    *parts, last = said
+    assert 3000 < len(b"".join(parts)) <= 4096
+    assert b"answer_too_large" in last
+    assert spent(found) >= 3 + 5 * len(parts)
 
 
 @pytest.mark.parametrize("then", [("full",), ("goes on", "full")])
