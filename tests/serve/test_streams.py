@@ -94,8 +94,8 @@ def slow_client(running: Running, body: dict[str, Any]) -> socket.socket:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     client.connect((where.hostname, where.port))
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
-    client.sendall(head.encode() + content)
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + content)
     return client
 
 
