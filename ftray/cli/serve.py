@@ -26,7 +26,7 @@ def serve_command(where: str, overrides: list[str], *, check: bool, as_json: boo
 
     file = load_serve(where, overrides)
     if file.config.tenants:
-        read_tenants(file.config.tenants)
+        read_tenants(file.config.tenants, file.config.ingress.replicas)
     if check:
         print(check_json(file) if as_json else f"{to_yaml(file)}\n{describe(file)}\n\n{memory_text(file)}")
         return EXIT_OK
