@@ -23,7 +23,7 @@ from ftray.config import Run
 from ftray.data.prepared import PreparedData
 from ftray.model import threads
 from ftray.model.load import evaluating, load_base
-from ftray.model.methods import attach
+from ftray.model.methods import attach, trained_state
 from ftray.model.pooled import PooledModel, Route
 from ftray.model.served import row_norms
 from ftray.train.batch import Batch, joined
@@ -149,6 +149,15 @@ class Base:
         finally:
             self._leave(name)
 
+    def shapes_of(self, run: Run) -> dict[str, torch.Size]:
+        """Of what the run would train, by name."""
+
+        def look() -> dict[str, torch.Size]:
+            with self._attached(run) as model:
+                return {name: tensor.shape for name, tensor in trained_state(model).items()}
+
+        return self.do(look)
+
     def expel(self, name: str) -> None:
         """Have the lane end before its next step; unknown names are ignored."""
         with self._changed:
@@ -216,7 +225,7 @@ class Base:
             ask.answer.result()
 
     @contextmanager
-    def _attached(self, run: Run, steps: int) -> Iterator[Any]:
+    def _attached(self, run: Run, steps: int | None = None) -> Iterator[Any]:
         """PEFT's model of a run on this base, for its fresh weights, their names, and its artefact."""
         for path, layer in self.pooled.linears.items():
             self.model.set_submodule(path, layer.base)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import math
 import os
 import queue
 import threading
@@ -186,12 +188,12 @@ class Host:
             if source is None:
                 self._check_commits(run, data.digest)
             write_text(join(run.folder, "run.yaml"), run.to_yaml())
-            if source is not None:
-                adopt(run, data.digest, source)
             if self._base is None:
                 self._open(run)
             elif key := difference(run, self._base.run):
                 raise ConfigError(f"this run needs another base than {self._base.run.name}: {key} differs")
+            if source is not None:
+                adopt(run, data.digest, source, self._base.shapes_of(run))
         return data
 
     def _check_commits(self, run: Run, digest: str) -> None:
@@ -229,22 +231,56 @@ class Host:
             guest.end({"kind": "end", "summary": summary})
 
 
-def adopt(run: Run, digest: str, source: str) -> None:
+def adopt(run: Run, digest: str, source: str, shapes: dict[str, Any]) -> None:
     """Make a commit of another run the one that `run` goes on from (population based training): its weights, optimizer
-    and position, under this run's settings."""
-    from ftray.manifest import filesystem, join
+    and position, under this run's settings. What the run came to by itself counts no more: the best is this commit,
+    until a later one is better. `shapes`: of what `run` trains, by name. Raises ArtefactError, and ModelError for a
+    commit of other weights."""
+    from ftray.manifest import join, write_text
+    from ftray.model.methods import check_same
     from ftray.train import commits
     from ftray.train.identity import identity
 
     commit = commits.read(source)
+    check_same(commit.state.model, shapes)
+    theirs, log = commit.progress, join(run.folder, "metrics.jsonl")
+    lines = _lines_up_to(theirs.step, log)
+    write_text(log, lines)
+    measured = theirs.evaluated_at == theirs.step and theirs.final_loss is not None and math.isfinite(theirs.final_loss)
     commit.identity = identity(run, digest)
-    commit.progress.finished = None
-    fs, path = filesystem(join(run.folder, "metrics.jsonl"))
-    commit.progress.metrics_bytes = fs.size(path) if fs.exists(path) else 0
-    for step in commits.steps_of(run.folder):
-        if step > commit.progress.step:
-            fs.rm(filesystem(commits.place_of(run.folder, step))[1], recursive=True)
+    commit.progress = commits.Progress(
+        step=theirs.step,
+        cursor=theirs.cursor,
+        best_loss=theirs.final_loss if measured else None,
+        best_step=theirs.step if measured else None,
+        base_loss=theirs.base_loss,
+        final_loss=theirs.final_loss,
+        evaluated_at=theirs.evaluated_at,
+        last_loss=theirs.last_loss,
+        skipped=theirs.skipped,
+        target_tokens=theirs.target_tokens,
+        train_seconds=theirs.train_seconds,
+        metrics_bytes=len(lines.encode()),
+    )
     commits.write(run.folder, commit)
+    commits.prune(run.folder, newest=theirs.step, keep_last=run.train.keep_last, best=theirs.step)
+
+
+def _lines_up_to(step: int, log: str) -> str:
+    """The lines of a run's metrics before its first step after `step`."""
+    from ftray.manifest import read_text
+
+    kept = []
+    try:
+        lines = read_text(log).splitlines(keepends=True)
+    except FileNotFoundError:
+        return ""
+    for line in lines:
+        event = json.loads(line) if line.endswith("\n") else {"kind": "step", "step": math.inf}
+        if event["kind"] == "step" and event["step"] > step:
+            break
+        kept.append(line)
+    return "".join(kept)
 
 
 def _device() -> Any:
