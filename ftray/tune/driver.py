@@ -23,9 +23,9 @@ from ftray.config.search import Search
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.manifest import filesystem, join, read_text, write_text
 from ftray.session import ray_session
-from ftray.train.identity import differences, identity
+from ftray.train.identity import differences
 from ftray.train.nodes import refuse_unshared, working_nodes
-from ftray.tune.ledger import Ledger, Trial
+from ftray.tune.ledger import Ledger, Trial, changes_made
 from ftray.tune.outcome import outcome, shown
 from ftray.tune.plans import Kind, Planned, Plans
 from ftray.tune.samplers import sampler_of
@@ -244,6 +244,7 @@ class Hunt:
             "failures": trial.failures,
             "ended": trial.state,
             "replay": json.dumps(trial.results),
+            "changes": len(trial.changes),
             "source": self._source(trial),
         }
 
@@ -252,15 +253,13 @@ class Hunt:
         off before it could."""
         from ftray.train import commits
 
-        if trial.state != "open" or not trial.changes:
+        if trial.state != "open" or changes_made(self.spec.trial_folder(trial.index)) >= len(trial.changes):
             return None
-        run = self._planned[trial.index].run
-        committed = commits.newest_identity(run.folder) or {}
-        if not list(differences("", committed, identity(run, committed.get("data_digest", "")))):
-            return None
-        folder = self.spec.trial_folder(trial.changes[-1]["source"])
+        change = trial.changes[-1]
+        folder = self.spec.trial_folder(change["source"])
         steps = commits.steps_of(folder)
-        return commits.place_of(folder, steps[-1]) if steps else None
+        step = change["source_step"] if change["source_step"] in steps else max(steps, default=None)
+        return None if step is None else commits.place_of(folder, step)
 
     def finished(self, index: int, summary: dict[str, Any]) -> None:
         """Leave in the trial's folder what a run leaves."""

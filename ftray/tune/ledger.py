@@ -6,7 +6,8 @@ A search that is taken up again reads nothing else. A line that a crash cut off 
     {"kind": "begin", "index": 7, "steps": 250}                  its rows are prepared, and so its steps are known
     {"kind": "result", "index": 7, "step": 50, "loss": 1.2, …}   an evaluation
     {"kind": "stop", "index": 7, "step": 50}                     the scheduler ended it there
-    {"kind": "change", "index": 7, "parameters": {…}, …}         population based training changed it
+    {"kind": "change", "index": 7, "parameters": {…}, …}         population based training changed it: it goes on
+                                                                 from the commit of step `source_step` of trial `source`
     {"kind": "fail", "index": 7, "error": "…", "aside": true}    it failed; with `aside` for good
     {"kind": "finish", "index": 7, "summary": {…}}               it ran to its end
 """
@@ -25,6 +26,9 @@ import orjson
 
 from ftray.config.search import PLANNED, Search
 from ftray.manifest import filesystem, is_local, join, read_text, write_text
+
+SOURCE = "source.json"
+"""In a trial's folder: the commit of another trial that it went on from, and the number of that change."""
 
 State = Literal["open", "stopped", "finished", "aside"]
 
@@ -63,20 +67,40 @@ class Trial:
 
     def values(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of a metric at each evaluation, those that are finite."""
+        return self._values(metric, self.results)
+
+    def _values(self, metric: str, results: list[dict[str, Any]]) -> list[tuple[int, float]]:
         if metric in PLANNED:
             return [(self.step, self.planned[metric])] if metric in self.planned else []
-        found = ((r["step"], r.get(metric)) for r in self.results)
+        found = ((r["step"], r.get(metric)) for r in results)
         return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+
+    @property
+    def line(self) -> list[dict[str, Any]]:
+        """Evaluations of the weights that it has: since it was changed last, that of the commit which it went on from,
+        and those after it."""
+        if not self.changes:
+            return self.results
+        change = self.changes[-1]
+        return [*change["taken"], *(r for r in self.results if r["step"] > change["source_step"])]
 
     def best(self, search: Search, which: int = 0) -> tuple[int, float] | None:
         """(step, value) of the best evaluation by metric number `which`; None without one."""
         better = min if search.modes[which] == "min" else max
-        return better(self.values(search.metric[which]), key=lambda pair: pair[1], default=None)
+        return better(self._values(search.metric[which], self.line), key=lambda pair: pair[1], default=None)
 
     def scores(self, search: Search) -> list[float] | None:
         """The best value by each metric, or None where one is missing."""
         found = [self.best(search, i) for i in range(len(search.metric))]
         return [pair[1] for pair in found if pair] if all(found) else None
+
+
+def changes_made(folder: str) -> int:
+    """How many changes the commits in a trial's folder have been through."""
+    try:
+        return orjson.loads(read_text(join(folder, SOURCE)))["changes"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return 0
 
 
 class Ledger:
@@ -152,5 +176,9 @@ class Ledger:
             if event["aside"]:
                 trial.state = "aside"
         elif kind == "change":
+            at, source = event.get("source_step", event["step"]), self.trials[event["source"]]
+            taken = [r for r in source.line if r["step"] == at]
+            kept = {key: value for key, value in event.items() if key not in ("kind", "index", "at")}
             trial.parameters = event["parameters"]
-            trial.changes.append({key: value for key, value in event.items() if key not in ("kind", "index", "at")})
+            trial.changes.append(kept | {"source_step": at, "taken": taken})
+            trial.results = [r for r in trial.results if r["step"] <= at]  # what it did after that is undone

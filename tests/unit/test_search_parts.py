@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -113,9 +114,30 @@ class TuneTrial:
         return True
 
 
+    # what population based training asks of Tune
+
+    experiment_tag = ""
+    run_metadata = SimpleNamespace(checkpoint_manager=SimpleNamespace())
+
+    def is_finished(self) -> bool:
+        return self.status == "TERMINATED"
+
+    def set_experiment_tag(self, tag: str) -> None:
+        pass
+
+    def set_config(self, config: dict) -> None:
+        self.config = config
+
+
 class Controller:
     def __init__(self) -> None:
         self.trials: list[TuneTrial] = []
+
+    def _schedule_trial_save(self, trial, result):
+        return f"commit of {trial.trial_id}"
+
+    def pause_trial(self, trial, should_checkpoint) -> None:
+        trial.status = "PAUSED"
 
     def get_trials(self):
         return self.trials
@@ -132,10 +154,11 @@ class Played:
         self.scheduler = Recorded(scheduler_of(search, 10, 90), search, self.ledger, self.events.append)
         self.controller, self.trials, self.decisions = Controller(), {}, {}
 
-    def begin(self, index: int) -> None:
+    def begin(self, index: int, **parameters) -> None:
+        parameters = parameters or {"seed": index}
         if index >= len(self.ledger.trials):
-            self.ledger.write("trial", index=index, parameters={"seed": index})
-        trial = TuneTrial(f"t{index}", {"index": index, "parameters": {"seed": index}})
+            self.ledger.write("trial", index=index, parameters=parameters)
+        trial = TuneTrial(f"t{index}", {"index": index, "parameters": parameters})
         self.trials[index] = trial
         self.controller.trials.append(trial)
         self.scheduler.on_trial_add(self.controller, trial)
@@ -240,6 +263,82 @@ def test_ends_failures_and_lost_actors(tmp_path) -> None:
     assert len(played.ledger.trials[2].results) == 1
     played.scheduler.on_trial_complete(played.controller, played.trials[3], {"interrupted": True})
     assert played.ledger.trials[3].state == "open"
+
+
+# ----------------------------------------------------------------------------------------- population based training
+
+RATE = "train.learning_rate"
+
+
+def populated(folder, seed: int = 0, rates: str = "{loguniform: [1e-4, 1e-1]}", trials: int = 8) -> Played:
+    search = a_search("scheduler={name: pbt, interval: 10}", f"space={{{RATE}: {rates}}}", f"seed={seed}")
+    played = Played(search, folder)
+    for index in range(trials):
+        played.begin(index, **{RATE: 1e-2 if index % 2 else 1e-3})
+    return played
+
+
+def test_the_same_seed_changes_trials_to_the_same(tmp_path) -> None:
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        random.seed(number)
+        played = populated(tmp_path / str(number), seed)
+        for step in (10, 20, 30):
+            for index in range(8):
+                played.trials[index].status = "RUNNING"
+                played.report(index, step, loss_of(index, step))
+        kept = ("source", "step", "source_step", "parameters")
+        found.append([[{k: change[k] for k in kept} for change in trial.changes] for trial in played.ledger.trials])
+    assert any(found[0])
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_trial_changed_to_what_it_was_keeps_its_number(tmp_path) -> None:
+    """Tune hands it all of the other one's configuration; here the one rate there is leaves the parameters as they are."""
+    played = populated(tmp_path, rates="{choice: [0.01]}", trials=4)
+    for index, loss in ((1, 2.0), (0, 1.0), (2, 3.0), (3, 9.0)):
+        played.report(index, 10, loss)
+    changed, trial = played.trials[3], played.ledger.trials[3]
+    assert changed.config["index"] == 3
+    assert changed.config["changes"] == len(trial.changes) == 1
+    assert trial.changes[0]["source"] == 0
+
+
+def test_a_changed_trial_is_judged_by_the_weights_that_it_has(tmp_path) -> None:
+    played = populated(tmp_path, trials=4)
+    for index, step, loss in ((3, 10, 0.2), (1, 10, 2.0), (2, 10, 3.0), (0, 10, 1.0), (3, 20, 2.0), (0, 20, 0.4)):
+        played.report(index, step, loss)  # the last one was good once
+        played.trials[index].status = "RUNNING"
+    played.report(3, 30, 9.0)
+    trial, config = played.ledger.trials[3], played.trials[3].config
+    assert [(c["source"], c["step"], c["source_step"]) for c in trial.changes] == [(0, 30, 20)]
+    assert trial.best(played.search) == (20, 0.4), "of the commit that it goes on from"
+    assert [r["step"] for r in trial.results] == [10, 20], "step 30 is undone"
+    assert json.loads(config["replay"]) == trial.results
+    for step, loss in ((10, 0.2), (20, 2.0), (30, 0.5), (40, 0.3)):  # what it reports again, and what is new
+        played.trials[3].status = "RUNNING"
+        played.report(3, step, loss)
+    assert [r["loss"] for r in trial.results] == [0.2, 2.0, 0.5, 0.3]
+    assert trial.best(played.search) == (40, 0.3)
+    assert state(Ledger(str(tmp_path))) == state(played.ledger)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_search_taken_up_again_knows_whether_a_change_was_made(tmp_path, taken) -> None:
+    search = a_search("scheduler=pbt", f"space={{{RATE}: {{choice: [0.01, 0.02]}}}}", "samples=2", f"output={tmp_path}")
+    ledger = Ledger(str(tmp_path))
+    for index in range(2):
+        told(ledger, index, 3.0 - index, end="open", **{RATE: 0.01})
+    ledger.write("change", index=0, parameters={RATE: 0.01}, step=10, source=1, source_step=10)
+    for step in (10, 20):
+        (tmp_path / f"trials/0001/commits/step-{step:08d}").mkdir(parents=True)
+    if taken:
+        (tmp_path / "trials/0000").mkdir()
+        (tmp_path / "trials/0000/source.json").write_text(json.dumps({"commit": "some", "changes": 1}))
+    hunt = Hunt(search, ledger, lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    source = hunt._source(ledger.trials[0])
+    assert source == (None if taken else f"{tmp_path}/trials/0001/commits/step-00000010")
+    assert hunt._source(ledger.trials[1]) is None
 
 
 # -------------------------------------------------------------------------------------------------- outcome and budgets
