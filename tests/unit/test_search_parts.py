@@ -113,7 +113,6 @@ class TuneTrial:
     def should_recover(self) -> bool:
         return True
 
-
     # what population based training asks of Tune
 
     experiment_tag = ""
@@ -294,7 +293,7 @@ def test_the_same_seed_changes_trials_to_the_same(tmp_path) -> None:
 
 
 def test_a_trial_changed_to_what_it_was_keeps_its_number(tmp_path) -> None:
-    """Tune hands it all of the other one's configuration; here the one rate there is leaves the parameters as they are."""
+    """Tune hands it the whole configuration of the other one, which with the only rate there is has its parameters."""
     played = populated(tmp_path, rates="{choice: [0.01]}", trials=4)
     for index, loss in ((1, 2.0), (0, 1.0), (2, 3.0), (3, 9.0)):
         played.report(index, 10, loss)
@@ -339,6 +338,22 @@ def test_a_search_taken_up_again_knows_whether_a_change_was_made(tmp_path, taken
     source = hunt._source(ledger.trials[0])
     assert source == (None if taken else f"{tmp_path}/trials/0001/commits/step-00000010")
     assert hunt._source(ledger.trials[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("run.method={name: ia3}", "method ia3 trains something else"),
+        ("run.train.optimizer=lion", "train.optimizer is not adamw"),
+        ("run.workers={count: 2}", "it wants several workers"),
+    ],
+)
+def test_trials_that_cannot_be_lanes_are_no_population(tmp_path, override, reason) -> None:
+    space = f"space={{{RATE}: {{loguniform: [1e-4, 1e-1]}}}}"
+    search = a_search("scheduler=pbt", space, override, f"output={tmp_path}")
+    hunt = Hunt(search, Ledger(str(tmp_path)), lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=reason):
+        hunt.check_ahead()
 
 
 # -------------------------------------------------------------------------------------------------- outcome and budgets
