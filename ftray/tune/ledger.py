@@ -25,6 +25,7 @@ from typing import Any, Literal
 import orjson
 
 from ftray.config.search import PLANNED, Search
+from ftray.errors import ArtefactError
 from ftray.manifest import filesystem, is_local, join, read_text, write_text
 
 SOURCE = "source.json"
@@ -104,7 +105,9 @@ def changes_made(folder: str) -> int:
 
 
 class Ledger:
-    """The file, and the trials that follow from it. Writing is safe from any thread."""
+    """The file, and the trials that follow from it. Writing is safe from any thread, and for one process alone, which
+    holds the lease of the folder (`ftray.train.lease`). Raises ArtefactError for a file that is damaged before its last
+    line."""
 
     def __init__(self, folder: str) -> None:
         self.uri = join(folder, "search.jsonl")
@@ -123,10 +126,19 @@ class Ledger:
         except FileNotFoundError:
             raw = b""
         whole = raw[: raw.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            event = orjson.loads(line)
-            self.seconds_before = max(self.seconds_before, event.get("at", 0.0))
-            self._apply(event)
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                event = orjson.loads(line)
+                self._apply(event)
+                self.seconds_before = max(self.seconds_before, event.get("at", 0.0))
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                raise ArtefactError(
+                    f"line {number} is none that a search wrote there: {reason}",
+                    where=self.uri,
+                    hint=f"move line {number} and those after it out of the file: the same command goes on from what is"
+                    " before them, and trials from their own commits",
+                ) from None
         if self._local:
             self._local.parent.mkdir(parents=True, exist_ok=True)
             if len(whole) < len(raw):
@@ -156,7 +168,8 @@ class Ledger:
     def _apply(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind == "trial":
-            assert event["index"] == len(self.trials)
+            if event["index"] != len(self.trials):
+                raise ValueError(f"trial {event['index']} is proposed where trial {len(self.trials)} would be next")
             self.trials.append(Trial(event["index"], event["parameters"], event.get("planned", {})))
             return
         if "index" not in event:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -12,8 +15,9 @@ import pytest
 import yaml
 
 from ftray.config import parse_run
-from ftray.errors import ConfigError
-from ftray.tune.driver import Hunt, open_ledger
+from ftray.errors import ArtefactError, ConfigError, RunError
+from ftray.tune import driver
+from ftray.tune.driver import Hunt, alone_at, open_ledger
 from ftray.tune.ledger import Ledger
 from ftray.tune.outcome import front, outcome
 from ftray.tune.samplers import sampler_of
@@ -68,6 +72,52 @@ def test_a_line_that_was_cut_off_never_counted(tmp_path) -> None:
         assert state(again) == before
         again.write("result", index=0, step=20, loss=1.0)
         assert Ledger(str(tmp_path)).trials[0].results[-1]["loss"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"kind":"trial","index":0,"parameters":{}}', "trial 0 is proposed where trial 1 would be next"),
+        (b'{"kind":"result","index":7,"step":20}', "IndexError"),
+        (b'{"kind":"resu{"kind":"result","index":0,"step":20}', "line 3"),
+        (b"[]", "line 3"),
+        (b'{"kind":"finish","index":0}', "KeyError"),
+    ],
+)
+def test_a_ledger_that_two_wrote_says_where_and_what_to_do(tmp_path, line, says) -> None:
+    ledger = Ledger(str(tmp_path))
+    told(ledger, 0, 3.0, end="open")
+    file = tmp_path / "search.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + line + b"\n" + b'{"kind":"result","index":0,"step":20,"loss":1.5}\n')
+    with pytest.raises(ArtefactError) as caught:
+        Ledger(str(tmp_path))
+    assert says in str(caught.value)
+    assert "move line 3 and those after it out of the file" in str(caught.value)
+    file.write_bytes(whole)
+    assert state(Ledger(str(tmp_path))) == state(ledger)
+
+
+def test_a_second_search_in_a_folder_is_refused_by_the_name_of_the_first(tmp_path) -> None:
+    code = f"""
+import time
+from ftray.tune.driver import alone_at
+with alone_at({str(tmp_path)!r}):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+    search, stop = a_search(f"output={tmp_path}"), threading.Event()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(RunError, match=f"process {process.pid} of this machine"):
+            driver.search(search, on_event=lambda _: None, stop=stop)
+        process.kill()
+    assert not (tmp_path / "search.yaml").exists()
+    with alone_at(str(tmp_path)), pytest.raises(RunError, match="another `ftray tune`"), alone_at(str(tmp_path)):
+        pass
+    with alone_at(str(tmp_path)):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers
