@@ -270,7 +270,8 @@ class Search(Strict):
     """A name, or a mapping with `name` and its keys."""
     budget: Budget = Budget()
     concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Trials at once; `auto`: as many lanes as fit in memory, or as many runs as there are places for."""
+    """Trials at once; `auto`: as many lanes as fit in memory, but 16 of a worker at most, or as many runs as there are
+    places for."""
     retries: int = Field(1, ge=0)
     """Times that a trial which failed goes on from its last commit before it is set aside."""
     lanes: Literal["auto", "off"] = "auto"
