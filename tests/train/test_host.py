@@ -1,4 +1,4 @@
-"""A worker that holds a base, without Ray: what a trial takes over from another."""
+"""A worker that holds a base, without Ray: what a trial takes over from another, and whom memory has room for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from ftray.config import Run
 from ftray.data.prepared import PreparedData
-from ftray.errors import ModelError
+from ftray.errors import ModelError, RunError, RunStopped
 from ftray.manifest import join
+from ftray.model.room import USED, need_of, room
+from ftray.model.source import find_shapes
 from ftray.train import commits
 from ftray.tune.host import Host
 from tests.toys import MemoryData, random_rows, toy_run
@@ -120,3 +122,80 @@ def test_weights_of_another_shape_are_refused_before_anything_is_lost(tmp_path):
         await host.leave("0000")
 
     asyncio.run(search())
+
+
+# ---------------------------------------------------------------------------------------------------------------- room
+
+
+def short(folder: Path, number: int, *overrides: str) -> Run:
+    return toy_run(folder / f"{number:04d}", "train.steps=4", "train.batch_rows=2", *overrides)
+
+
+@pytest.fixture
+def room_for_two(tmp_path, monkeypatch) -> Run:
+    """There is memory for two lanes of this run, and a half."""
+    run = short(tmp_path, 0)
+    shapes = find_shapes(run.model)[0]
+    need, fixed = need_of(run, shapes), room(run, shapes, 1 << 30, 1).fixed
+    memory = int((fixed + need.tokens * need.token + 2.5 * need.own) / USED)
+    monkeypatch.setattr("ftray.tune.host._memory", lambda device: memory)
+    return run
+
+
+def test_a_lane_waits_until_there_is_room_and_says_so(tmp_path, room_for_two):
+    """Three of the first one's size; two fit, and stand still until they are asked."""
+    held = ["train.evaluate_every=2", "data.held_out_fraction=0.1"]
+    runs = {name: short(tmp_path, number, *held) for number, name in enumerate("abc")}
+
+    async def play() -> None:
+        host = Host(1)
+        assert await host.load() == {"lanes": 0, "room": 1}
+        for name in "ab":
+            await host.join(name, runs[name].dump(), waits=True)
+            await host.next(name)
+        assert await host.load() == {"lanes": 2, "room": 0}
+        waiting = asyncio.ensure_future(host.join("c", runs["c"].dump(), waits=True, tells=True))
+        told = await first_event(host, "c")
+        assert told["kind"] == "status"
+        assert "waits until other lanes have ended" in told["text"]
+        assert not waiting.done()
+        assert (await evaluations(host, "a"))[-1]["summary"]["steps"] == 4
+        await asyncio.wait_for(waiting, 60)  # in the place of one that nobody told to leave
+        assert (await evaluations(host, "c"))[-1]["summary"]["steps"] == 4
+        for trial in "abc":
+            await host.leave(trial)
+        assert await host.load() == {"lanes": 0, "room": 2}
+
+    asyncio.run(play())
+
+
+async def first_event(host: Host, trial: str) -> dict[str, Any]:
+    for _ in range(2000):
+        if events := await host.events(trial):
+            return events[0]
+        await asyncio.sleep(0.05)
+    raise TimeoutError
+
+
+def test_a_larger_lane_than_the_first_is_planned_as_what_it_is(tmp_path, room_for_two):
+    """And one that waits can be told to stop, or to leave."""
+    held = short(tmp_path, 1, "train.evaluate_every=2", "data.held_out_fraction=0.1")
+    wide = {str(number): short(tmp_path, number, "method.rank=16") for number in (2, 3)}
+
+    async def play() -> None:
+        host = Host(1)
+        await host.join("1", held.dump(), waits=True)
+        await host.next("1")
+        assert (await host.load())["room"] == 1
+        joins = [asyncio.ensure_future(host.join(n, run.dump(), waits=False, tells=True)) for n, run in wide.items()]
+        assert "waits until other lanes have ended" in (await first_event(host, "2"))["text"]
+        assert (await host.load())["room"] == 0
+        await host.stop("2")
+        await host.leave("3")
+        stopped, left = await asyncio.gather(*joins, return_exceptions=True)
+        assert isinstance(stopped, RunStopped)
+        assert isinstance(left, RunError)
+        await host.leave("1")
+        assert (await host.load())["lanes"] == 0
+
+    asyncio.run(play())
