@@ -48,8 +48,9 @@ def train_together(runs: Sequence[Run], *, on_event: OnEvent, stop: threading.Ev
     """Train the runs, or go on with them, as lanes of one base; returns each one's outcome by its name. Needs a Ray
     session. `on_event` gets a run's name with each event; setting `stop` makes every run commit and end.
 
-    A run that fails fails alone. The process that holds the base is started again when it dies, as often as the run
-    with the fewest `workers.retries` allows, and each run goes on from its last commit.
+    A run for which there is no room in memory waits until others have ended. A run that fails fails alone. The process
+    that holds the base is started again when it dies, as often as the run with the fewest `workers.retries` allows, and
+    each run goes on from its last commit.
     """
     began = time.perf_counter()
     check_together(runs)
@@ -102,10 +103,10 @@ def _with_a_host(
 
             while joined or waiting:
                 done, _ = ray.wait([*joined, *waiting], num_returns=1, timeout=_POLL_SECONDS)
-                here = [name for name in by_name if name not in outcomes and name not in joined.values()]
-                pass_on(here)
-                if stop.is_set() and not asked and not joined:
-                    ray.get([host.stop.remote(name) for name in here])
+                left = [name for name in by_name if name not in outcomes]
+                pass_on(left)
+                if stop.is_set() and not asked:
+                    ray.get([host.stop.remote(name) for name in left])
                     asked = True
                 for reference in done:
                     is_here = reference in waiting
