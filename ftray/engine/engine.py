@@ -47,11 +47,19 @@ def load_base(
     quantized: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    double_quantization: bool = True,
 ) -> Base:
     """A base for an engine. Raises ModelError, also for a family whose attention slots cannot do."""
     slots.register()
     try:
-        base = Base(source, attention=slots.IMPLEMENTATION, quantized=quantized, dtype=dtype, device=device)
+        base = Base(
+            source,
+            attention=slots.IMPLEMENTATION,
+            quantized=quantized,
+            dtype=dtype,
+            device=device,
+            double_quantization=double_quantization,
+        )
     except KeyError as error:
         if error.args != (slots.IMPLEMENTATION,):
             raise
