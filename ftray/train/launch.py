@@ -29,7 +29,7 @@ from ftray.train import commits, native, nodes
 from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
 from ftray.train.places import wait_for_places
-from ftray.train.watch import Retries, Watch, end_all
+from ftray.train.watch import Retries, Watch, end_all, wait_out
 
 Emit = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.2
@@ -182,17 +182,20 @@ def _fit(
             summary = outcome["summary"]
             if summary is not None and (stop.is_set() or summary["reason"] != "stopped"):
                 return summary
-            members, restarts = ray.get(board.members.remote()), 0
+            members, restarts = ray.get(board.close.remote()), 0
             if summary is None:
-                end_all(members)
+                left = end_all(members)
                 if stop.is_set():
                     raise _stopped(run)
                 before = getattr(failure, "controller_failure", None)
                 if before is not None and isinstance(cause := cause_of(before), FtrayError):
                     raise cause  # what stops a group before its loop begins stops the next one too
-                if not _no_places(failure) and not retries.another(commits.steps_of(run.folder)[-1:]):
+                if not _may_start_again(run, failure, retries, waits_until):
                     raise _cause(failure, watch.causes + outcome["crashes"], run)
                 tell.status(watch.account(failure))
+                wait_out(lambda: ray.get(board.lives.remote()), left, stop, tell.status)
+                if stop.is_set():
+                    raise _stopped(run)
                 restarts = retries.used
             if members:  # the wait that is limited is that of a run that stands still
                 waits_until = time.monotonic() + run.workers.wait_seconds
@@ -239,6 +242,7 @@ def _fit_group(
                 backend="nccl" if use_gpu else "gloo",
                 timeout_s=math.ceil(run.workers.stall_seconds + 60),
                 board=config["board"],
+                group=config["group"],
             ),
         )
         try:
@@ -256,6 +260,14 @@ _FAILURES: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": 0, "
 def _no_places(failure: Exception | None) -> bool:
     """Whether a group did not start because its places were gone again."""
     return "StartupTimeout" in type(getattr(failure, "controller_failure", None)).__name__
+
+
+def _may_start_again(run: Run, failure: Exception | None, retries: Retries, waits_until: float) -> bool:
+    """Whether another group may follow one that failed. That its places were gone counts as a failure only once the
+    time for waiting has passed: places may look free, and never be."""
+    if _no_places(failure) and time.monotonic() < waits_until:
+        return True
+    return retries.another(commits.steps_of(run.folder)[-1:])
 
 
 def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
