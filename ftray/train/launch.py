@@ -24,11 +24,12 @@ from ftray.config import Run
 from ftray.data.prepare import make_plan, prepare
 from ftray.errors import FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
-from ftray.session import cause_of, in_a_job, ray_session, stand_aside
+from ftray.model.shapes import Shapes
+from ftray.session import cause_of, in_a_job, leads, ray_session, stand_aside
 from ftray.train import commits, native, nodes
 from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
-from ftray.train.places import wait_for_places
+from ftray.train.places import refuse_guessed_cpus, wait_for_places
 from ftray.train.watch import Retries, Watch, end_all, wait_out
 
 Emit = Callable[[dict[str, Any]], None]
@@ -58,7 +59,7 @@ def train(
         if committed := commits.newest_identity(run.folder):
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())
-        nodes.refuse_unshared({"output": run.folder, "data.cache": run.data.cache or run.folder})
+        check_cluster(run, on_event)
         data_uri = prepare(run, _until(stop, on_event, run.folder))
         _compile_on_nodes(run, on_event)
         _until(stop, on_event, run.folder)({"kind": "status", "text": f"starting {workers_in_words(run)}"})
@@ -83,19 +84,38 @@ def write_summary(run: Run, summary: dict[str, Any], seconds: float) -> None:
 
 
 def preflight(run: Run) -> None:
-    """What can be known before Ray starts. Raises UserError where the method does not fit the base, or this machine, if
-    it is the one that trains, lacks what offload needs."""
+    """What can be known before Ray starts. Raises UserError where the method does not fit the base, where what the run
+    leaves would go with its job, or where this machine, if it is the one that trains, lacks what offload needs."""
     from ftray.model.plan import make_plan as make_memory_plan
-    from ftray.model.source import find_shapes
 
-    try:
-        shapes, _ = find_shapes(run.model)
-    except ModelError:  # its config.json is not at hand here; the workers will see
-        shapes = None
-    if shapes is not None:
+    nodes.refuse_package(nodes.folders_of(run))
+    if (shapes := _shapes(run)) is not None:
         make_memory_plan(run, shapes)
     if not in_a_job():
         native.refuse_nvme(run)
+
+
+def _shapes(run: Run) -> Shapes | None:
+    """Of the base; None where its config.json is not at hand here: the workers will see."""
+    from ftray.model.source import find_shapes
+
+    try:
+        return find_shapes(run.model)[0]
+    except ModelError:
+        return None
+
+
+def check_cluster(run: Run, on_event: Emit) -> None:
+    """What can be known once Ray is there. Raises ConfigError where the workers would be without GPUs by a guess,
+    RunError where the nodes do not see the same files."""
+    import ray
+
+    if in_a_job() and leads():
+        shapes = _shapes(run)
+        parameters = shapes.parameters if shapes else None
+        if warning := refuse_guessed_cpus(run.workers.gpus, ray.cluster_resources(), parameters):
+            on_event({"kind": "warning", "text": warning})
+    nodes.refuse_unshared(nodes.folders_of(run))
 
 
 def _until(stop: threading.Event, on_event: Emit, folder: str) -> Emit:
@@ -158,7 +178,7 @@ def _fit(
     config = {"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
     config |= {"folder": os.getcwd(), "waits": released is not None}
     tell = _Told(on_event)
-    retries, restarts = Retries(run.workers.retries), 0
+    retries, restarts, seen = Retries(run.workers.retries), 0, set[str]()
     waits_until = time.monotonic() + run.workers.wait_seconds
     with _relay(board, tell, stop, released or (lambda: 0)), _silent(not verbose):
         for group in itertools.count():
@@ -172,6 +192,7 @@ def _fit(
                 folder=run.folder,
                 tell=tell.status,
             )
+            nodes.refuse_unshared(nodes.folders_of(run), seen)  # they may have come a moment ago
             ray.get(board.open.remote(group))
             with Watch(board, run, resources, size, tell) as watch:
                 told = config | {"group": group, "restarts": restarts}

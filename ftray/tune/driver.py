@@ -24,7 +24,7 @@ from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.manifest import filesystem, join, read_text, write_text
 from ftray.session import ray_session
 from ftray.train.identity import differences, identity
-from ftray.train.nodes import refuse_unshared, working_nodes
+from ftray.train.nodes import refuse_package, refuse_unshared, working_nodes
 from ftray.tune.ledger import Ledger, Trial
 from ftray.tune.outcome import outcome, shown
 from ftray.tune.plans import Kind, Planned, Plans
@@ -52,6 +52,8 @@ def search(spec: Search, *, on_event: Emit, stop: threading.Event, verbose: bool
     `on_event` gets each event; setting `stop` lets all trials commit and leave. Raises RunStopped after
     such a stop, RunError when no trial came to anything, UserError for what the user can mend.
     """
+    cache = (spec.raw_run().get("data") or {}).get("cache")
+    refuse_package({"output": spec.folder, "data.cache": cache or spec.folder})
     ledger = open_ledger(spec)
     hunt = Hunt(spec, ledger, on_event, stop)
     hunt.check_ahead()

@@ -13,7 +13,7 @@ from ftray.config import Run
 from ftray.data.prepare import prepare
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.session import cause_of
-from ftray.train.launch import gpus_of_a_worker, preflight, tracked, write_summary
+from ftray.train.launch import check_cluster, gpus_of_a_worker, preflight, tracked, write_summary
 from ftray.train.sharing import difference, refusal
 
 _POLL_SECONDS = 0.2
@@ -54,6 +54,7 @@ def train_together(runs: Sequence[Run], *, on_event: OnEvent, stop: threading.Ev
     began = time.perf_counter()
     check_together(runs)
     for run in runs:
+        check_cluster(run, _named(on_event, run.name))
         prepare(run, _named(on_event, run.name))
         if stop.is_set():
             raise RunStopped("stopped before the first step", hint="the same command begins again")
