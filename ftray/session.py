@@ -18,8 +18,8 @@ def in_a_job() -> bool:
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
 
 
-def leads() -> bool:
-    """True in the process that a user's command runs in, False in Ray's workers. Needs a Ray session."""
+def in_the_users_process() -> bool:
+    """True where a user's command runs, False in an actor of Ray's. Needs a Ray session."""
     import ray
 
     return ray.get_runtime_context().get_actor_id() is None

@@ -17,7 +17,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ftray.config import Run
@@ -25,10 +25,11 @@ from ftray.data.prepare import make_plan, prepare
 from ftray.errors import FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
 from ftray.model.shapes import Shapes
-from ftray.session import cause_of, in_a_job, leads, ray_session, stand_aside
+from ftray.session import cause_of, in_a_job, in_the_users_process, ray_session, stand_aside
 from ftray.train import commits, native, nodes
 from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
+from ftray.train.lease import driving, refuse_driver
 from ftray.train.places import refuse_guessed_cpus, wait_for_places
 from ftray.train.watch import Retries, Watch, end_all, wait_out
 
@@ -55,7 +56,7 @@ def train(
     """
     started = time.perf_counter()
     preflight(run)
-    with ray_session(verbose=verbose, cpus=local_cpus(run)):
+    with ray_session(verbose=verbose, cpus=local_cpus(run)), lead(run, on_event, stop):
         if committed := commits.newest_identity(run.folder):
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())
@@ -85,10 +86,12 @@ def write_summary(run: Run, summary: dict[str, Any], seconds: float) -> None:
 
 def preflight(run: Run) -> None:
     """What can be known before Ray starts. Raises UserError where the method does not fit the base, where what the run
-    leaves would go with its job, or where this machine, if it is the one that trains, lacks what offload needs."""
+    leaves would go with its job, or where this machine, if it is the one that trains, lacks what offload needs;
+    RunError where another process of it leads this run."""
     from ftray.model.plan import make_plan as make_memory_plan
 
     nodes.refuse_package(nodes.folders_of(run))
+    refuse_driver(run.folder)
     if (shapes := _shapes(run)) is not None:
         make_memory_plan(run, shapes)
     if not in_a_job():
@@ -110,12 +113,19 @@ def check_cluster(run: Run, on_event: Emit) -> None:
     RunError where the nodes do not see the same files."""
     import ray
 
-    if in_a_job() and leads():
+    if in_a_job() and in_the_users_process():
         shapes = _shapes(run)
         parameters = shapes.parameters if shapes else None
         if warning := refuse_guessed_cpus(run.workers.gpus, ray.cluster_resources(), parameters):
             on_event({"kind": "warning", "text": warning})
     nodes.refuse_unshared(nodes.folders_of(run))
+
+
+def lead(run: Run, on_event: Emit, stop: threading.Event) -> AbstractContextManager[None]:
+    """Be the one that leads `run`; see `ftray.train.lease`. Needs a Ray session."""
+    return driving(
+        run.folder, lambda text: on_event({"kind": "status", "text": text}), stop, commanded=in_the_users_process()
+    )
 
 
 def _until(stop: threading.Event, on_event: Emit, folder: str) -> Emit:

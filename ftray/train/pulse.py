@@ -80,6 +80,17 @@ def birth(pid: int) -> float:
         return psutil.Process(pid).create_time()
 
 
+def lives(pid: int, born: float) -> bool:
+    """Whether the process that began then still runs: not a later one of its number, nor one that is dead and was not
+    taken leave of."""
+    import psutil
+
+    try:
+        return birth(pid) == born and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end_process(pid: int, born: float) -> bool:
     """Kill the process, stopped or not, if it is still the one that was meant; whether it is gone."""
     import psutil
@@ -93,7 +104,7 @@ def end_process(pid: int, born: float) -> bool:
     except psutil.NoSuchProcess:
         return True
     except psutil.TimeoutExpired:
-        return False
+        return not lives(pid, born)
     return True
 
 

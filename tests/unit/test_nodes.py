@@ -147,7 +147,7 @@ def test_what_a_run_leaves_does_not_lie_in_its_jobs_own_folder(package, override
 
 
 def test_what_lies_elsewhere_and_what_is_no_job_is_not_refused(package, monkeypatch, tmp_path):
-    preflight(load_run("quickstart-cheese", ["output=s3://bucket/{name}"]))
+    preflight(load_run("quickstart-cheese", ["output=memory://bucket/{name}"]))
     preflight(load_run("quickstart-cheese", [f"output={tmp_path}/runs", f"data.cache={tmp_path}/prepared"]))
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     preflight(load_run("quickstart-cheese"))
