@@ -21,9 +21,7 @@ _EVERY_ADDRESS = ("0.0.0.0", "::", "")
 _UNVERIFIED = ssl.create_default_context()
 _UNVERIFIED.check_hostname, _UNVERIFIED.verify_mode = False, ssl.CERT_NONE
 """We ask our own endpoint by its address, and its certificate is for a name."""
-direct = urllib.request.build_opener(
-    urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=_UNVERIFIED)
-)
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=_UNVERIFIED))
 """Asks this machine itself: HTTP_PROXY is for others."""
 
 

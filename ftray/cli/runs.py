@@ -14,7 +14,7 @@ from ftray.jobs.listing import RunState, find, folders_in, is_ours, look, merged
 from ftray.jobs.outcome import outcome
 from ftray.redact import redact
 from ftray.storage import reached
-from ftray.train.lease import holder
+from ftray.train.lease import holders
 
 _EVERY_SECONDS = 1.0
 
@@ -92,8 +92,7 @@ def _look(folder: str) -> RunState | None:
 
 
 def _held(folder: str) -> bool:
-    found = holder(folder)
-    return found is not None and found[1]
+    return any(holder.alive for holder in holders(folder))
 
 
 def runs_table(lines: Sequence[RunState], now: float | None = None) -> str:

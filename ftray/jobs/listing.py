@@ -142,7 +142,7 @@ def _search(folder: str, held: Held, now: float) -> RunState:
         best = json.loads(read_text(join(folder, "outcome.json"))).get("best") or {}
         held_out = (best.get("values") or {}).get("loss")
     state = "finished" if done else "interrupted"
-    if not done and (now - changed < FRESH_SECONDS or any(map(held, _at_work(fs, root, folder)))):
+    if not done and (now - changed < FRESH_SECONDS or any(map(held, [folder, *_at_work(fs, root, folder)]))):
         state = "running"
     name = str(spec.get("name") or _last_part(folder))
     return RunState(

@@ -21,7 +21,7 @@ from ftray.storage import make_folder, reached
 from ftray.train import commits
 from ftray.train.artefact import FACTS, place_of
 from ftray.train.commits import Progress
-from ftray.train.lease import LEASE, holder
+from ftray.train.lease import holders
 
 SET_ASIDE = "set-aside"
 _PART = re.compile(r"\.[0-9a-f]{8}(\.old)?\.part$")
@@ -68,15 +68,14 @@ def examine(folder: str) -> Diagnosis:
         if fs.isfile(root):
             raise ConfigError("this is a file, not a run's folder", where=folder)
     found = Diagnosis(folder)
-    lease = holder(folder)
-    if lease and lease[1]:
-        found.running = lease[0]
-    elif lease:
-        remedy = "remove it: nobody looks at it to start"
-        where = join(folder, LEASE)
-        found.findings.append(
-            Finding(where, f"the lease of {lease[0]}, which is gone", remedy, partial(_remove, where))
-        )
+    for holder in holders(folder):
+        where, who = join(folder, holder.name), holder.who
+        if holder.alive:
+            found.running = found.running or who
+        else:
+            found.findings.append(
+                Finding(where, f"the lease of {who}, which is gone", "remove it", partial(_remove, where))
+            )
     run, problem = _run_file(folder)
     found.findings += problem
     newest, whole = _commits(folder, found)

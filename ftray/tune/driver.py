@@ -24,8 +24,8 @@ from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.manifest import filesystem, join, read_text, write_text
 from ftray.session import ray_session, usable_cpus
 from ftray.train.identity import differences
-from ftray.train.lease import holder, lease
-from ftray.train.nodes import refuse_unshared, working_nodes
+from ftray.train.lease import driving
+from ftray.train.nodes import refuse_package, refuse_unshared, working_nodes
 from ftray.tune.ledger import Ledger, Trial, changes_made
 from ftray.tune.outcome import outcome, shown
 from ftray.tune.plans import Kind, Planned, Plans
@@ -54,7 +54,9 @@ def search(spec: Search, *, on_event: Emit, stop: threading.Event, verbose: bool
     such a stop, RunError when no trial came to anything or another process is at it, UserError for what the user can
     mend.
     """
-    with alone_at(spec.folder):
+    cache = (spec.raw_run().get("data") or {}).get("cache")
+    refuse_package({"output": spec.folder, "data.cache": cache or spec.folder})
+    with driving(spec.folder, lambda text: on_event({"kind": "status", "text": text}), stop, commanded=True):
         return _search(spec, on_event, stop, verbose)
 
 
@@ -86,27 +88,6 @@ def _search(spec: Search, on_event: Emit, stop: threading.Event, verbose: bool) 
             where=spec.folder,
         )
     return found
-
-
-@contextmanager
-def alone_at(folder: str) -> Iterator[None]:
-    """Hold the lease of a search's folder: two would write into one ledger. Raises RunError while a process that lives
-    has it."""
-
-    def refuse(ours: str | None) -> None:
-        who, alive = holder(folder) or ("", False)
-        if alive and who != ours:
-            raise RunError(
-                f"another `ftray tune` is at this search: {who}",
-                where=folder,
-                hint="wait for it, or stop it (where its machine is gone it is forgotten in two minutes); or choose"
-                " another `output` (or `name`)",
-            )
-
-    refuse(None)
-    with lease(folder):
-        refuse(f"process {os.getpid()} of this machine")  # of two that came at once, the first sees the other here
-        yield
 
 
 def local_cpus(spec: Search) -> int:

@@ -13,7 +13,7 @@ from ftray.config import Run
 from ftray.data.prepare import prepare
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.session import cause_of, usable_cpus
-from ftray.train.launch import gpus_of_a_worker, preflight, tracked, write_summary
+from ftray.train.launch import check_cluster, gpus_of_a_worker, lead, preflight, tracked, write_summary
 from ftray.train.sharing import difference, refusal
 
 _POLL_SECONDS = 0.2
@@ -52,9 +52,17 @@ def train_together(runs: Sequence[Run], *, on_event: OnEvent, stop: threading.Ev
     that holds the base is started again when it dies, as often as the run with the fewest `workers.retries` allows, and
     each run goes on from its last commit.
     """
-    began = time.perf_counter()
     check_together(runs)
+    with contextlib.ExitStack() as led:
+        for run in runs:
+            led.enter_context(lead(run, _named(on_event, run.name), stop))
+        return _train_together(runs, on_event, stop)
+
+
+def _train_together(runs: Sequence[Run], on_event: OnEvent, stop: threading.Event) -> dict[str, Outcome]:
+    began = time.perf_counter()
     for run in runs:
+        check_cluster(run, _named(on_event, run.name))
         prepare(run, _named(on_event, run.name))
         if stop.is_set():
             raise RunStopped("stopped before the first step", hint="the same command begins again")

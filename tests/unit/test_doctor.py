@@ -238,9 +238,9 @@ with lease({str(tmp_path)!r}):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
-        who, alive = lease.holder(str(tmp_path)) or ("", False)
-        assert alive
-        assert str(process.pid) in who
+        [holder] = lease.holders(str(tmp_path))
+        assert holder.alive
+        assert str(process.pid) in holder.who
         process.kill()
     assert not psutil.pid_exists(process.pid)
     write_text(tmp_path / "run.yaml", RUN + f"output: {tmp_path}\n")

@@ -20,7 +20,7 @@ from ftray.errors import ArtefactError, ConfigError, RunError
 from ftray.train import commits
 from ftray.train.commits import Commit, Progress, State
 from ftray.tune import driver
-from ftray.tune.driver import Hunt, alone_at, open_ledger
+from ftray.tune.driver import Hunt, open_ledger
 from ftray.tune.host import adopt
 from ftray.tune.ledger import Ledger
 from ftray.tune.outcome import front, outcome
@@ -105,9 +105,9 @@ def test_a_ledger_that_two_wrote_says_where_and_what_to_do(tmp_path, line, says)
 
 def test_a_second_search_in_a_folder_is_refused_by_the_name_of_the_first(tmp_path) -> None:
     code = f"""
-import time
-from ftray.tune.driver import alone_at
-with alone_at({str(tmp_path)!r}):
+import threading, time
+from ftray.train.lease import driving
+with driving({str(tmp_path)!r}, print, threading.Event(), commanded=True):
     print("ready", flush=True)
     time.sleep(600)
 """
@@ -119,10 +119,6 @@ with alone_at({str(tmp_path)!r}):
             driver.search(search, on_event=lambda _: None, stop=stop)
         process.kill()
     assert not (tmp_path / "search.yaml").exists()
-    with alone_at(str(tmp_path)), pytest.raises(RunError, match="another `ftray tune`"), alone_at(str(tmp_path)):
-        pass
-    with alone_at(str(tmp_path)):
-        pass
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers
