@@ -17,7 +17,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from ftray.config import Run
@@ -56,9 +56,11 @@ def train(
     """
     started = time.perf_counter()
     preflight(run)
-    with ray_session(verbose=verbose, cpus=local_cpus(run)), lead(run, on_event, stop):
+    with ExitStack() as session:
+        session.enter_context(ray_session(verbose=verbose, cpus=local_cpus(run)))
         worker_resources(run)
         _refuse_on_nodes(run)
+        session.enter_context(lead(run, on_event, stop))
         if committed := commits.newest_identity(run.folder):
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())

@@ -32,7 +32,7 @@ def cluster(monkeypatch, tmp_path):
     ("overrides", "said"),
     [
         (("workers.gpus=1",), r"^1 worker × 1 GPU = 1, the cluster has 0$"),
-        (("workers.count=2", "workers.gpus=0.5"), r"^2 workers × 0.5 GPU = 1, the cluster has 0$"),
+        (("workers.count=2", "workers.gpus=1"), r"^2 workers × 1 GPU = 2, the cluster has 0$"),
         (("workers={min: 1, max: 2, cpus: 8}",), r"^1 worker × 8 CPU = 8, the cluster has 4$"),
         (OFFLOAD, r"compiles DeepSpeed's cpu_adam, and \S+ has no no-such-compiler$"),
     ],

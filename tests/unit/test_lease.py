@@ -131,7 +131,7 @@ def test_another_machines_driver_that_renews_its_lease_leads_the_run(tmp_path, m
     monkeypatch.setattr(lease, "_QUIET_SECONDS", 0.0)
     renew = a_lease_of_another_machine(tmp_path, DRIVER, 30, commanded=True)
     refuse_driver(str(tmp_path))  # at once only what is known
-    with pytest.raises(RunError, match=r"process 1 on another.* leads a run in this folder now"):
+    with pytest.raises(RunError, match=r"process 1 on another.* is at work in this folder now"):
         waited(tmp_path, meanwhile=renew)
 
 
@@ -189,13 +189,14 @@ def test_data_in_the_making_are_the_drivers(tmp_path, monkeypatch):
         seen.append(examine(run.folder).running)
         with pytest.raises(RunError, match="being written right now"):
             mend(examine(run.folder))
-        with pytest.raises(RunError, match="leads a run in this folder now"):
+        with pytest.raises(RunError, match="is at work in this folder now"):
             refuse_driver(run.folder)
         raise RunStopped("enough")
 
     monkeypatch.setattr(launch, "ray_session", lambda **_: nullcontext())
     monkeypatch.setattr(launch, "in_the_users_process", lambda: True)
-    monkeypatch.setattr(launch, "check_cluster", lambda *_: None)
+    for check in ("worker_resources", "_refuse_on_nodes", "check_cluster"):
+        monkeypatch.setattr(launch, check, lambda *_: None)
     monkeypatch.setattr(launch, "prepare", prepare)
     with pytest.raises(RunStopped, match="enough"):
         launch.train(a_run(tmp_path), on_event=lambda _: None, stop=threading.Event())

@@ -65,7 +65,7 @@ def test_a_mebibyte_that_is_wrong_is_refused_without_being_gone_through(name: st
     kind, body, param = HOSTILE[name]
     began = time.process_time()
     assert refusal(kind, body).param == param
-    assert time.process_time() - began < 0.5, "of the one thread that answers all"
+    assert time.process_time() - began < 3, "of the one thread that answers all; gone through it takes half a minute"
 
 
 def test_prompts_of_every_kind() -> None:

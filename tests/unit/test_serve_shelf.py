@@ -48,7 +48,7 @@ def test_every_eviction_is_counted_and_when_it_happens(shelf: Shelf) -> None:
     adapters = Adapters(SimpleNamespace(), shelf.load, on_device=1, memory=0, threads=1, wake=lambda: None)  # type: ignore[arg-type]
     try:
         for round in (1, 2, 3):
-            held = adapters.want(ref("cheese"))
+            held = adapters.want(ref("cheese"), "acme")
             while not adapters._ended:
                 time.sleep(0.01)
             adapters.collect()

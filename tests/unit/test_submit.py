@@ -508,7 +508,7 @@ def test_what_a_folder_says(more: list[dict[str, Any]], held: bool, state: str) 
 
 def a_lease(folder: Path, *, age: float) -> None:
     """Of a process of another machine."""
-    told = {"host": "elsewhere", "pid": 1, "started": 1.0, "beat": time.time() - age}
+    told = {"host": "elsewhere", "pid": 1, "born": 1.0, "commanded": False, "beat": time.time() - age}
     (folder / LEASE).write_text(json.dumps(told))
 
 
