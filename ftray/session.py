@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ftray.redact import redact
+
 
 def in_a_job() -> bool:
     """True inside `ray job submit`, or where RAY_ADDRESS names a cluster."""
@@ -30,6 +32,13 @@ def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
             quota, period = (cgroups / group.relative_to("/") / "cpu.max").read_text().split()
             allowed = min(allowed, max(1, math.ceil(int(quota) / int(period))))
     return allowed
+
+
+def in_the_users_process() -> bool:
+    """True where a user's command runs, False in an actor of Ray's. Needs a Ray session."""
+    import ray
+
+    return ray.get_runtime_context().get_actor_id() is None
 
 
 @contextmanager
@@ -90,7 +99,9 @@ def worker_environment(environment: Mapping[str, str], verbose: bool) -> dict[st
     passed = {
         name: value
         for name, value in environment.items()
-        if name.startswith(("RAY_TRAIN_", "RAY_DATA_", "FTRAY_", "HF_", "GLOO_", "NCCL_")) and not names_a_secret(name)
+        if name.startswith(("RAY_TRAIN_", "RAY_DATA_", "FTRAY_", "HF_", "GLOO_", "NCCL_"))
+        and not names_a_secret(name)
+        and redact(value) == value
     }
     quiet = {} if verbose else {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     allocator = {name: environment.get(name, value) for name, value in ALLOCATOR.items()}
@@ -106,9 +117,23 @@ ended anyway: 30 s by default, for nothing."""
 def beside_the_job(variables: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
     """`variables` without those that the job's own runtime environment sets: its workers have them already, and Ray
     refuses a variable that stands in both."""
-    given = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    of_the_job = ((given.get("runtime_env") or {}).get("env_vars") or {}).keys()
+    of_the_job = (_runtime_env(environment).get("env_vars") or {}).keys()
     return {name: value for name, value in variables.items() if name not in of_the_job}
+
+
+def in_a_package() -> bool:
+    """Whether the working directory is what came with a job (`--working-dir`), or lies in it: it goes with the job."""
+    return bool(_runtime_env(os.environ).get("working_dir")) and _PACKAGES in os.getcwd().split(os.sep)
+
+
+_PACKAGES = "working_dir_files"
+"""The folder in which Ray unpacks them."""
+
+
+def _runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Of the job that this process is the driver of; empty where it is that of none."""
+    given = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return given.get("runtime_env") or {}
 
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import logging
@@ -24,17 +25,18 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftray import __version__
-from ftray.config.explain import explain
+from ftray.config.explain import cut, explain
 from ftray.errors import ArtefactError, ConfigError, FtrayError, UnknownAdapter
+from ftray.registry.ref import Ref
 
-from .catalog import Caller, ask
+from .catalog import Caller
 from .endpoint import Endpoint, Served, SlowClient
 from .errors import ApiError, bad_request
-from .openai import ChatRequest, CompletionRequest, without_defaults
+from .openai import ChatRequest, Common, CompletionRequest, check_choices, without_defaults
 from .tenants import Limits, hash_of
 
 log = logging.getLogger("ray.serve")
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=Common)
 T = TypeVar("T")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _HEADERS = [
@@ -92,7 +94,8 @@ def _add_openai(api: FastAPI, endpoint: Endpoint) -> None:
 
     async def answered(request: Request, kind: Any) -> Response:
         who, limits = await admitted(request)
-        body = read_body(await request.body(), kind)
+        check_json(request.headers.get("content-type", ""))
+        body = read_body(await request.body(), kind, endpoint.config.bounds.choices)
         served = await endpoint.begin(request.state.id, who, limits, body, request.state.arrived)
         if body.stream:
             return EventStream(endpoint, served)
@@ -133,6 +136,8 @@ def _add_health(api: FastAPI, endpoint: Endpoint) -> None:
         }
         if endpoint.tenants is not None and endpoint.tenants.status.error:
             found["tenants"] = "the last good ones; the file is broken, see the log"
+        if endpoint.catalog.error:
+            found["registry"] = "what was last known of it; it cannot be reached, see the log"
         return Answered(found, 200 if ready else 503)
 
     @api.get("/metrics", response_class=Response)
@@ -164,15 +169,23 @@ def _add_admin(api: FastAPI, endpoint: Endpoint) -> None:
 
     async def changed(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
-            found = await ask(lambda: call(*args, **options))
+            found = await endpoint.catalog.ask(lambda: call(*args, **options))
         except UnknownAdapter as error:
             raise ApiError(404, str(error), code="adapter_not_found") from None
         except ConfigError as error:
             raise bad_request(str(error)) from None
         except ArtefactError as error:
-            raise ApiError(409, str(error), code="adapter_in_use") from None
+            raise ApiError(409, str(error), code=await conflict(call, *args)) from None
         endpoint.catalog.forget()
         return found
+
+    async def conflict(call: Callable[..., Any], *args: Any) -> str:
+        """What stands in the way of a call for a version, or for (tenant, name, …)."""
+        names = (args[0].tenant, args[0].name) if isinstance(args[0], Ref) else args[:2]
+        with contextlib.suppress(ArtefactError):
+            if (await endpoint.catalog.ask(registry().show, *names)).damaged:
+                return "adapter_damaged"
+        return _CONFLICTS.get(call.__name__, "conflict")
 
     @api.get("/admin/adapters", dependencies=guard, responses=_REFUSALS)
     async def adapters(tenant: str | None = None) -> Response:
@@ -196,7 +209,8 @@ def _add_admin(api: FastAPI, endpoint: Endpoint) -> None:
     @api.post("/admin/adapters/{tenant}/{name}/rollback", dependencies=guard, responses=_REFUSALS)
     async def rollback(tenant: str, name: str, which: Which) -> Response:
         """Let the name mean an older version again."""
-        ref = await changed(registry().rollback, tenant, name, which.digest)
+        digest = (await changed(registry().resolve, tenant, name, which.digest)).digest if which.digest else None
+        ref = await changed(registry().rollback, tenant, name, digest)
         return Answered({"current": str(ref), "digest": ref.digest})
 
     @api.delete("/admin/adapters/{tenant}/{name}", dependencies=guard, responses=_REFUSALS)
@@ -211,13 +225,22 @@ def _add_admin(api: FastAPI, endpoint: Endpoint) -> None:
     @api.post("/admin/refresh", dependencies=guard, responses=_REFUSALS)
     async def refresh() -> Response:
         """Ask the registry again at the next request, instead of within `refresh_seconds`."""
-        endpoint.catalog.forget()
+        endpoint.catalog.refresh()
         return Answered({"refreshed": True})
 
     @api.get("/admin/replicas", dependencies=guard, responses=_REFUSALS)
     async def replicas() -> Response:
         """What every engine replica counts."""
         return Answered({"replicas": [_plain(stats) for stats in await endpoint.link.stats()]})
+
+
+_CONFLICTS = {
+    "remove": "adapter_in_use",
+    "remove_name": "adapter_in_use",
+    "resolve": "ambiguous_digest",
+    "rollback": "no_earlier_version",
+}
+"""By what the registry was asked for."""
 
 
 def _entry(entry: Any, lying: set[str]) -> dict[str, Any]:
@@ -265,20 +288,30 @@ _POLICY = (
 # ------------------------------------------------------------------------------------------------------------- bodies
 
 
-def read_body(content: bytes, kind: type[B]) -> B:
-    """A request's body. Raises ApiError 400 with the key and what is wrong with it."""
+def check_json(kind: str) -> None:
+    """Raises ApiError 415 for a body that is not called JSON. A page elsewhere may send any other kind, unasked."""
+    name = kind.partition(";")[0].strip().lower()
+    if name != "application/json":
+        told = f", not {cut(name)}" if name else ""
+        raise ApiError(415, f"The body should be JSON: Content-Type: application/json{told}.", code="not_json")
+
+
+def read_body(content: bytes, kind: type[B], choices: int) -> B:
+    """A request's body, which may ask for that many answers. Raises ApiError 400 with the key and what is wrong with
+    it."""
     try:
         raw = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise bad_request(f"The body is not JSON: {error}.") from None
     if not isinstance(raw, dict):
         raise bad_request("The body should be a JSON object.")
+    check_choices(raw, kind, choices)
     try:
         return kind.model_validate(without_defaults(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        param = next((part for part in first["loc"] if isinstance(part, str)), None)
-        raise bad_request(f"{explain(error, kind)[0]}.", param) from None
+        first = error.errors(include_url=False)[0]
+        param = next((cut(part) for part in first["loc"] if isinstance(part, str)), None)
+        raise bad_request(f"{explain(error, kind, most=1)[0]}.", param) from None
 
 
 class Answered(Response):
@@ -413,8 +446,12 @@ class Gate:
             await Answered(error.body, 500)(scope, receive, answer)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if self._endpoint.tenants is None and not (is_loopback(scope) and _names_loopback(headers)):
-            raise ApiError(403, "Without keys this endpoint answers its own machine alone.", code="loopback_only")
+        if self._endpoint.tenants is None:
+            if not (is_loopback(scope) and _names_loopback(headers)):
+                raise ApiError(403, "Without keys this endpoint answers its own machine alone.", code="loopback_only")
+            if _is_foreign(scope, headers):
+                text = "Without keys this endpoint answers no pages from elsewhere."
+                raise ApiError(403, text, code="foreign_origin")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._most:
             raise self._too_large()
@@ -440,10 +477,13 @@ class Gate:
         self._endpoint.metrics.requests.labels(state["tenant"], route, str(status or 499)).inc()
 
 
+_PASSED_ON = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+
+
 def is_loopback(scope: Scope) -> bool:
-    """Whether the request comes from this machine. One that a proxy passed on does not count."""
+    """Whether the request comes from this machine. One that a proxy passed on does not count, if the proxy says so."""
     client = scope.get("client")
-    if not client or any(name in (b"x-forwarded-for", b"forwarded") for name, _ in scope["headers"]):
+    if not client or any(name in _PASSED_ON for name, _ in scope["headers"]):
         return False
     try:
         return ipaddress.ip_address(client[0]).is_loopback
@@ -456,6 +496,16 @@ def _names_loopback(headers: dict[bytes, bytes]) -> bool:
     host = headers.get(b"host", b"").decode("latin-1").lower()
     name = host[: host.rfind(":")] if re.search(r":\d+$", host) else host
     return name in ("localhost", "127.0.0.1", "[::1]")
+
+
+def _is_foreign(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    """Whether a browser asks for a page from elsewhere, be it another port of this machine. Who follows a link from
+    there to our own page may."""
+    origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
+    if origin is not None:
+        return origin.lower().partition(b"://")[2] != headers.get(b"host", b"").lower()
+    follows = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
+    return site in (b"cross-site", b"same-site") and not follows
 
 
 # -------------------------------------------------------------------------------------------------------- description

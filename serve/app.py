@@ -115,14 +115,18 @@ class Ingress:
                 hint="set it to a file of tenants and keys, or unset RAY_SERVE_ENABLE_HA_PROXY",
             )
         name = serve.get_replica_context().replica_id.unique_id
-        tenants = Tenants(settings.tenants, settings.refresh_seconds) if settings.tenants else None
+        tenants = None
+        if settings.tenants:
+            tenants = Tenants(settings.tenants, settings.refresh_seconds, settings.ingress.replicas)
         if tenants is None:
             log.warning("no tenants are configured: requests from this machine alone are answered, without a key")
         registry = Registry(settings.registry) if settings.registry else None
         self.endpoint = Endpoint(
             settings,
             prompts=Prompts(settings.model, settings.chat_template),
-            catalog=Catalog(registry, settings.name_of_base, tenants, settings.refresh_seconds),
+            catalog=Catalog(
+                registry, settings.name_of_base, tenants, settings.refresh_seconds, settings.outage_seconds
+            ),
             link=Link(ServeReplicas(engine), name, settings.bounds.unread_bytes),
             metrics=Metrics(name),
             tenants=tenants,

@@ -4,7 +4,8 @@
 
 A SERVE.yaml is a Ray Serve config file, so that the same file runs with `ftray serve` and deploys with `serve deploy`.
 Ray ignores keys that it does not know; here every key is checked, those of Ray's that an endpoint needs and those under
-`args`, which are ours. `build` checks `args` again on the cluster.
+`args`, which are ours. `build` checks `args` again on the cluster, and sees nothing else of the file: before
+`serve deploy` comes `ftray serve --check`.
 
     http_options: {host: 127.0.0.1, port: 8000}
     applications:
@@ -21,9 +22,10 @@ paths or URIs.
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -80,8 +82,12 @@ class Bounds(Strict):
     """A larger request body is refused with 413."""
     choices: int = Field(16, ge=1, le=1024)
     """Answers to one request: its prompts times `n`."""
+    stream_bytes: int = Field(32 << 20, ge=1024)
+    """Of one streamed answer, all its choices and `logprobs` together; a longer one ends with an error. Ray's proxies
+    take what is written whether or not their client reads: behind them this much may wait for each that does not."""
     unread_bytes: int = Field(256 << 10, ge=1024)
-    """Text that waits for a client who does not read; beyond this, the answer is stopped and the connection closed."""
+    """Text that waits for a client who does not read; beyond this, the answer is stopped and the connection closed.
+    This and `write_seconds` are felt where an ingress listens itself (`ingress.listen`, `ftray serve`)."""
     write_seconds: float = Field(60.0, gt=0)
     """A client that takes nothing for so long is taken to be gone."""
     request_seconds: float = Field(600.0, gt=0)
@@ -91,15 +97,45 @@ class Bounds(Strict):
     null: 200 for each core of its machine."""
 
 
-class Listen(Strict):
+class Certified(Strict):
+    """What TLS takes; both or neither."""
+
+    ssl_keyfile: str | None = None
+    """The key to the certificate, without a passphrase."""
+    ssl_certfile: str | None = None
+    """The certificate, and those that lead from it to one that clients know. null: no TLS."""
+
+    @model_validator(mode="after")
+    def _both(self) -> Certified:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            missing = "ssl_keyfile" if self.ssl_keyfile is None else "ssl_certfile"
+            raise ValueError(f"TLS takes a certificate and its key, and {missing} is not set")
+        return self
+
+    def check(self, where: str) -> None:
+        """That both can be read and belong together. Raises ConfigError."""
+        if self.ssl_certfile is None:
+            return
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(_whole(self.ssl_certfile), _whole(self.ssl_keyfile), password=lambda: "")
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            files = f"{self.ssl_certfile} and {self.ssl_keyfile}"
+            raise ConfigError(f"TLS cannot be had with {files}: {error}", where=where) from None
+
+    def with_absolute_paths(self) -> Self:
+        return self.model_copy(
+            update={"ssl_keyfile": _whole(self.ssl_keyfile), "ssl_certfile": _whole(self.ssl_certfile)}
+        )
+
+
+class Listen(Certified):
     """Where an ingress listens itself, beside Ray's proxies."""
 
     host: str = "127.0.0.1"
     port: int = Field(ge=1, le=65535)
     root_path: str = ""
     """Path under which a reverse proxy shows the endpoint."""
-    ssl_keyfile: str | None = None
-    ssl_certfile: str | None = None
     shared: bool = False
     """Several ingresses on one machine listen there, and the system divides the connections among them."""
 
@@ -138,6 +174,9 @@ class ServeConfig(Strict):
     refresh_seconds: float = Field(2.0, ge=0)
     """A name keeps leading to the same version for so long; then the registry is asked again. Of the tenants' file it
     is how often it is looked at."""
+    outage_seconds: float = Field(3600.0, ge=0)
+    """While the registry cannot be reached, a name keeps leading to the version that it had last, for so long. An
+    adapter that is removed meanwhile lives on until then. 0: every adapter is refused with 503 at once."""
     engine: EngineOptions = EngineOptions()
     replicas: Replicas = Replicas()
     ingress: Ingress = Ingress()
@@ -152,7 +191,7 @@ class ServeConfig(Strict):
         return self.model_dump(mode="json")
 
 
-class HTTPOptions(Strict):
+class HTTPOptions(Certified):
     """Of Ray Serve's front door; `serve deploy` uses them when Serve is not running yet."""
 
     host: str = "127.0.0.1"
@@ -162,8 +201,6 @@ class HTTPOptions(Strict):
     request_timeout_s: float | None = Field(None, gt=0)
     """Ray's own limit for a request. null: `bounds.request_seconds` is the only one."""
     keep_alive_timeout_s: int | None = Field(None, ge=1)
-    ssl_keyfile: str | None = None
-    ssl_certfile: str | None = None
 
 
 class Application(Strict):
@@ -219,7 +256,11 @@ def load_serve(where: str | Path, overrides: Iterable[str] = ()) -> ServeFile:
         raise ConfigError("no such file", where=name, hint="`ftray serve --example` prints one to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"this file cannot be read: {error}", where=name) from None
-    return parse_serve(text, name, overrides)
+    file = parse_serve(text, name, overrides)
+    file.http_options.check(f"{name}: http_options")
+    if file.config.ingress.listen is not None:
+        file.config.ingress.listen.check(f"{name}: ingress.listen")
+    return file
 
 
 def parse_serve(text: str, name: str, overrides: Iterable[str] = ()) -> ServeFile:
@@ -269,27 +310,31 @@ def listening(file: ServeFile) -> ServeConfig:
 
 def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     """The same with local relative paths made absolute: Ray's processes have working directories of their own."""
-
-    def whole(path: str | None) -> str | None:
-        return filesystem(os.path.expanduser(path))[1] if path and is_local(path) else path
-
-    model = config.model
+    model, listen = config.model, config.ingress.listen
     if os.path.isdir(os.path.expanduser(model.path)):
-        model = model.model_copy(update={"path": whole(model.path)})
+        model = model.model_copy(update={"path": _whole(model.path)})
+    if listen is not None:
+        listen = listen.with_absolute_paths()
     return config.model_copy(
         update={
             "model": model,
-            "registry": whole(config.registry),
-            "tenants": whole(config.tenants),
-            "chat_template": whole(config.chat_template),
-            "cache": config.cache.model_copy(update={"folder": whole(config.cache.folder)}),
+            "registry": _whole(config.registry),
+            "tenants": _whole(config.tenants),
+            "chat_template": _whole(config.chat_template),
+            "ingress": config.ingress.model_copy(update={"listen": listen}),
+            "cache": config.cache.model_copy(update={"folder": _whole(config.cache.folder)}),
             "base_name": config.name_of_base,
         }
     )
 
 
+def _whole(path: str | None) -> str | None:
+    return filesystem(os.path.expanduser(path))[1] if path and is_local(path) else path
+
+
 EXAMPLE = """\
-# An endpoint: `ftray serve serve.yaml` runs it here, `serve deploy serve.yaml` on a Ray cluster.
+# An endpoint: `ftray serve serve.yaml` runs it here, `serve deploy serve.yaml` on a Ray cluster; before that,
+# `ftray serve --check serve.yaml`, since Ray passes over what it does not know.
 http_options:
   host: 127.0.0.1
   port: 8000

@@ -29,8 +29,10 @@ from .tenants import Limits, Tenants
 
 log = logging.getLogger("ray.serve")
 WATCH_SECONDS = 5.0
+TENANTS_SECONDS = 5.0
+"""How long a request waits for its tenants' file to be read again; then those that are known count."""
 LONG_TEXT = 16_384
-"""Characters from which on a prompt is tokenized in a thread, so that other streams go on."""
+"""Characters of a request from which on it is tokenized in a thread, so that other streams go on."""
 Send = Callable[[bytes], Awaitable[None]]
 
 
@@ -109,8 +111,8 @@ class Endpoint:
         """Who shows this header. Raises ApiError 401."""
         if self.tenants is None:
             return OPEN, Limits()
-        if self.tenants.is_due and (said := await asyncio.to_thread(self.tenants.refresh)):
-            log.warning("tenants: %s", said)
+        if self.tenants.is_due:
+            await self._look_at(self.tenants)
         kind, _, key = (authorization or "").partition(" ")
         name = self.tenants.tenant_of(key.strip()) if kind.lower() == "bearer" and key else None
         tenant = self.tenants.get(name) if name else None
@@ -118,6 +120,15 @@ class Endpoint:
             missing = "Write your key into the header: Authorization: Bearer KEY."
             raise ApiError(401, "This key is not known, or no longer." if key else missing, code="invalid_api_key")
         return Caller(name), tenant.limits
+
+    @staticmethod
+    async def _look_at(tenants: Tenants) -> None:
+        try:
+            said = await asyncio.wait_for(asyncio.to_thread(tenants.refresh), TENANTS_SECONDS)
+        except TimeoutError:
+            said = tenants.status.error = f"the last good ones stay: {tenants.uri} is not read in {TENANTS_SECONDS:g} s"
+        if said:
+            log.warning("tenants: %s", said)
 
     # ------------------------------------------------------------------------------------------------- one request
 
@@ -129,9 +140,6 @@ class Endpoint:
             raise ApiError(503, "No engine is ready yet.", code="not_ready", retry_after=2)
         adapter = await self.catalog.choose(caller, body.model)
         prompts = await self._tokenized(body)
-        count = len(prompts) * body.count
-        if count > self.config.bounds.choices:
-            raise bad_request(f"{count} answers to one request; the limit is {self.config.bounds.choices}.", "n")
         requests = [
             Request(
                 id=f"{id}-{p * body.count + i}",
@@ -143,7 +151,8 @@ class Endpoint:
             for p, prompt in enumerate(prompts)
             for i in range(body.count)
         ]
-        ticket = self.quotas.admit(caller.tenant, limits, tokens=sum(map(len, prompts)), answers=count)
+        read = sum(map(len, prompts))
+        ticket = self.quotas.admit(caller.tenant, limits, tokens=read, answers=len(requests))
         is_chat = isinstance(body, ChatRequest)
         shape = Shape(
             chat=is_chat,
@@ -160,31 +169,26 @@ class Endpoint:
             for error in found:
                 if isinstance(error, BaseException):
                     raise error
-        except BaseException:
+        except BaseException as error:
             self.end(served)
+            if isinstance(error, ApiError):  # nobody answers, and nobody left
+                ticket.charge(-read)
             raise
         self.metrics.in_flight.inc()
         return served
 
     async def _tokenized(self, body: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
-        if isinstance(body, ChatRequest):
-            messages = [message.turn() for message in body.messages]
-            long = sum(len(turn["content"]) for turn in messages) > LONG_TEXT
-            whole = [await self._run(long, self.prompts.of_chat, messages)]
-        else:
-            whole = []
-            for prompt in body.prompts():
-                if isinstance(prompt, str):
-                    whole.append(await self._run(len(prompt) > LONG_TEXT, self.prompts.of_text, prompt))
-                else:
-                    whole.append(self.prompts.checked(prompt))
-        if not all(whole):
+        long = body.size > LONG_TEXT
+        found = await asyncio.to_thread(self._tokens, body) if long else self._tokens(body)
+        if not all(found):
             raise bad_request("A prompt without tokens leaves nothing to go on from.", "prompt")
-        return whole
+        return found
 
-    @staticmethod
-    async def _run(in_thread: bool, call: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.to_thread(call, *args) if in_thread else call(*args)
+    def _tokens(self, body: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
+        if isinstance(body, ChatRequest):
+            return [self.prompts.of_chat(body.turns())]
+        of = self.prompts
+        return [of.of_text(prompt) if isinstance(prompt, str) else of.checked(prompt) for prompt in body.prompts()]
 
     def end(self, served: Served) -> None:
         """Give back all that the request holds, once; what is still being made is cancelled."""
@@ -194,7 +198,9 @@ class Endpoint:
         served.ticket.close()
 
     def note(self, served: Served, index: int, end: Finished) -> None:
-        """One answer ended."""
+        """One answer ended. It counts once."""
+        if index in served.usages:
+            return
         if end.error is not None and not isinstance(end.error, RequestError):
             log.error("request %s, adapter %s: %s", served.id, served.adapter or "-", end.error)
         usage, series = end.usage, self._series(served)
@@ -209,8 +215,11 @@ class Endpoint:
         return self.metrics.series(served.caller.tenant, served.adapter.digest if served.adapter else None)
 
     def finish(self, served: Served) -> None:
-        """`end`, of a request that was begun."""
+        """`end`, of a request that was begun. What was written counts, whether or not its end came: a client that hangs
+        up has had it written."""
         self.end(served)
+        for index, answer in enumerate(served.answers):
+            self.note(served, index, answer.end or answer.cut_off())
         self.metrics.in_flight.dec()
         seconds = time.monotonic() - served.arrived
         self._series(served).latency.observe(seconds)
@@ -258,24 +267,27 @@ class Endpoint:
         """Send the answer as server-sent events. An error after the first of them is an event too, and then there is
         no `[DONE]`; one before it is raised, as ApiError. Raises SlowClient when the client takes nothing."""
         self.streams += 1
-        lock, started = asyncio.Lock(), False
+        lock, sent, most = asyncio.Lock(), 0, self.config.bounds.stream_bytes
 
         async def say(*messages: dict[str, Any]) -> None:
-            nonlocal started
+            nonlocal sent
+            data = _events(*messages)
             async with lock:
-                started = True
-                await self._send(send, b"".join(b"data: %b\n\n" % orjson.dumps(message) for message in messages))
+                if sent + len(data) > most:
+                    text = f"A streamed answer has at most {most:,} bytes; ask for less, or for fewer `logprobs`."
+                    raise ApiError(400, text, code="answer_too_large")
+                sent += len(data)
+                await self._send(send, data)
 
         try:
             error = await self._stream_choices(served, say)
-            if error is not None and not started:
+            if error is not None and not sent:
                 raise error
             if error is not None:
-                await say(error.body)
+                await self._send(send, _events(error.body))
                 return
-            if served.body.includes_usage:
-                await say(served.shape.usage_part(served.usage()))
-            await self._send(send, b"data: [DONE]\n\n")
+            usage = _events(served.shape.usage_part(served.usage())) if served.body.includes_usage else b""
+            await self._send(send, usage + b"data: [DONE]\n\n")
         finally:
             self.streams -= 1
             self.finish(served)
@@ -346,6 +358,10 @@ class Endpoint:
         seconds = pause_seconds(self.streams, self._messages_per_second) - (time.monotonic() - since)
         if seconds > 0:
             await asyncio.sleep(seconds)
+
+
+def _events(*messages: dict[str, Any]) -> bytes:
+    return b"".join(b"data: %b\n\n" % orjson.dumps(message) for message in messages)
 
 
 def pause_seconds(streams: int, messages_per_second: float) -> float:

@@ -71,7 +71,7 @@ class Quotas:
             return
         bucket.fill(now)
         if bucket.level < 1:
-            self._refuse(f"{limits.requests_per_minute} requests a minute", bucket.seconds_until(1))
+            self._refuse(f"{limits.requests_per_minute} requests a minute{self._shared}", bucket.seconds_until(1))
         bucket.level -= 1
 
     def admit(self, tenant: str, limits: Limits, *, tokens: int, answers: int) -> Ticket:
@@ -79,18 +79,24 @@ class Quotas:
         account, now = self._account(tenant, limits), self._clock()
         most = None if limits.concurrency is None else max(1, limits.concurrency // self._shares)
         if most is not None and answers > most:
-            raise ApiError(
-                400, f"{answers} answers at once are more than this tenant's concurrency of {most}.", code="concurrency"
-            )
+            what = f"this tenant's concurrency of {limits.concurrency}"
+            if self._shares > 1:
+                what = f"the {most} at one of {self._shares} ingresses, which share {what}"
+            raise ApiError(400, f"{answers} answers at once are more than {what}.", code="concurrency")
         if most is not None and account.running + answers > most:
-            self._refuse(f"{limits.concurrency} answers at once", 1.0)
+            self._refuse(f"{limits.concurrency} answers at once{self._shared}", 1.0)
         if account.tokens is not None:
             account.tokens.fill(now)
             if account.tokens.level <= 0:
-                self._refuse(f"{limits.tokens_per_minute:,} tokens a minute", account.tokens.seconds_until(1))
+                what = f"{limits.tokens_per_minute:,} tokens a minute{self._shared}"
+                self._refuse(what, account.tokens.seconds_until(1))
             account.tokens.level -= tokens
         account.running += answers
         return Ticket(account, answers, self._clock)
+
+    @property
+    def _shared(self) -> str:
+        return f", of which {self._shares} ingresses have an even share each" if self._shares > 1 else ""
 
     def _refuse(self, what: str, seconds: float) -> None:
         raise ApiError(

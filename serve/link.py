@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
-from ftray.engine.request import Chunk, Event, Finished, Request
+from ftray.engine.request import Chunk, Event, Finished, Request, Usage
 
 from .errors import ApiError, of_engine, overloaded, replica_lost
 from .wire import Accepted, Refused, Reply, merge
@@ -65,6 +65,8 @@ class Answer:
         self.request, self.streams, self._unread_bytes = request, streams, unread_bytes
         self.replica: str | None = None
         self.end: Finished | None = None
+        self.written = 0
+        """Tokens that came by now, taken or not."""
         self._events: list[Event] = []
         self._unread = 0
         self.error: ApiError | None = None
@@ -82,6 +84,7 @@ class Answer:
             self.end = event
             self.closed.set()
         else:
+            self.written += len(event.tokens)
             self._unread += len(event.text.encode("utf-8")) + 1
         self._events.append(event)
         self._ready.set()
@@ -96,6 +99,12 @@ class Answer:
         self.closed.set()
         self.accepted.set()
         self._ready.set()
+
+    def cut_off(self) -> Finished:
+        """An end for an answer to which none came. Its prompt was read if anything was written."""
+        read = len(self.request.prompt) if self.written else 0
+        lost = self.error is not None and self.error.status >= 500
+        return Finished(self.request.id, "error" if lost else "cancelled", Usage(read, 0, self.written))
 
     async def next(self) -> list[Event]:
         """Wait for events; all there are, chunks joined. Empty after the last."""

@@ -1,8 +1,9 @@
 """What is counted, under which name. `serve/grafana.json` draws these, and a test holds the two together.
 
 Each ingress counts what it sees, and asks the engine replicas for what they counted when somebody asks it: so the page
-at `/metrics` is whole with one ingress, and with several each series says whose it is. Adapters are told apart by
-digest, never by name.
+at `/metrics` is whole with one ingress, and with several each series says whose it is. Who asks several hears of the
+engines several times: `max without (instance, job, pod)` counts each series once. Adapters are told apart by digest,
+never by name.
 """
 
 from __future__ import annotations

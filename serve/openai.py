@@ -6,11 +6,23 @@ passed over; what nobody knows is refused with the nearest name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+import orjson
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    Tag,
+    model_validator,
+)
 
 from ftray.engine.request import Chunk, Grammar, Logprob, Sampling, Usage
 
@@ -24,9 +36,19 @@ COMPLETION_TOKENS = 16
 
 
 class Body(BaseModel):
-    """A part of a request body: unknown keys are refused, null means the default."""
+    """A part of a request body: unknown keys are refused, null means the default. The first thing that is wrong is
+    enough: pydantic notes everything, and a body of a mebibyte may be wrong in 300,000 places."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        first = next(key for key in value if key not in known)
+        return {key: part for key, part in value.items() if key in known or key == first}
 
 
 class StreamOptions(Body):
@@ -59,6 +81,20 @@ class JsonSchemaFormat(Body):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
+MOST_BIASES = 1024
+
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:  # pydantic would look at each of them first
+        raise ValueError(f"at most {MOST_BIASES:,} tokens can have a bias, not {len(biases):,}")
+    return biases
+
+
+LogitBias = Annotated[
+    dict[str, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES), BeforeValidator(_few)
+]
+
+
 class Common(Body):
     """What both kinds of requests have."""
 
@@ -74,7 +110,7 @@ class Common(Body):
     seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: LogitBias | None = None
     response_format: ResponseFormat | None = None
     top_k: StrictInt | None = Field(None, ge=0)
     """Beyond OpenAI: of the most probable tokens; 0 is off."""
@@ -97,6 +133,11 @@ class Common(Body):
             raise ValueError("stream_options needs stream: true")
         return self
 
+    @staticmethod
+    def prompts_in(body: dict[str, Any]) -> int:
+        """How many prompts a body has that nobody has looked at yet."""
+        return 1
+
     @property
     def count(self) -> int:
         return self.n or 1
@@ -117,7 +158,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | Annotated[list[TextPart], Field(min_length=1)]
+    content: StrictStr | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: StrictStr | None = None
     refusal: None = None
     annotations: list[Any] | None = None
@@ -133,7 +174,7 @@ class Message(Body):
 class ChatRequest(Common):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = Field(None, ge=0, le=20)
@@ -146,6 +187,14 @@ class ChatRequest(Common):
             raise ValueError("max_tokens and max_completion_tokens say different things; the second is the new name")
         return self
 
+    def turns(self) -> list[dict[str, str]]:
+        return [message.turn() for message in self.messages]
+
+    @property
+    def size(self) -> int:
+        """Characters of all messages."""
+        return sum(len(text) for turn in self.turns() for text in turn.values())
+
     @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -155,19 +204,28 @@ class ChatRequest(Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Tokens = Annotated[list[StrictInt], Field(min_length=1)]
-Texts = Annotated[list[StrictStr], Field(min_length=1)]
+def _kind_of_prompt(prompt: Any) -> str:
+    """By its first element, so that it is looked through once."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else ""
+    return "tokens" if isinstance(first, int) else "lists" if isinstance(first, list) else "texts"
+
+
+Tokens = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[StrictStr, Tag("text")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[StrictStr], Field(min_length=1, fail_fast=True), Tag("texts")]
+    | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag("lists")],
+    Discriminator(_kind_of_prompt),
+]
 
 
 class CompletionRequest(Common):
     """`POST /v1/completions`."""
 
-    prompt: (
-        StrictStr
-        | Tokens
-        | Annotated[list[StrictStr], Field(min_length=1)]
-        | Annotated[list[Tokens], Field(min_length=1)]
-    )
+    prompt: Prompt
     logprobs: StrictInt | None = Field(None, ge=0, le=20)
     echo: Literal[False] | None = None
     """Refused: the engine keeps no probabilities of a prompt."""
@@ -188,10 +246,20 @@ class CompletionRequest(Common):
     def alternatives(self) -> int | None:
         return self.logprobs
 
+    @staticmethod
+    def prompts_in(body: dict[str, Any]) -> int:
+        prompt = body.get("prompt")
+        return len(prompt) if isinstance(prompt, list) and _kind_of_prompt(prompt) != "tokens" else 1
+
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or tokens."""
         whole: Any = self.prompt
         return [whole] if isinstance(whole, str) or isinstance(whole[0], int) else list(whole)
+
+    @property
+    def size(self) -> int:
+        """Characters, or tokens, of all prompts."""
+        return sum(map(len, self.prompts()))
 
 
 NOT_THERE = {
@@ -224,6 +292,14 @@ def without_defaults(body: dict[str, Any]) -> dict[str, Any]:
             continue
         kept[key] = value
     return kept
+
+
+def check_choices(body: dict[str, Any], kind: type[Common], most: int) -> None:
+    """Before prompts are looked at, since 200,000 of them fit into a body. Raises ApiError 400."""
+    n = body.get("n")
+    count = kind.prompts_in(body) * (n if isinstance(n, int) and n > 1 else 1)
+    if count > most:
+        raise bad_request(f"{count:,} answers to one request; the limit is {most:,}.", "n")
 
 
 def sampling_of(body: ChatRequest | CompletionRequest, *, prompt_tokens: int, context: int, index: int) -> Sampling:
@@ -270,7 +346,10 @@ def _grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) ->
     if isinstance(wanted, JsonObjectFormat):
         return Grammar("json")
     if isinstance(wanted, JsonSchemaFormat):
-        return Grammar("json_schema", json.dumps(wanted.json_schema.schema_))
+        try:
+            return Grammar("json_schema", orjson.dumps(wanted.json_schema.schema_).decode())
+        except orjson.JSONEncodeError as error:  # nested 254 levels deep or more
+            raise bad_request(f"The schema cannot be read: {error}.", "response_format") from None
     return None
 
 

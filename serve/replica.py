@@ -9,11 +9,13 @@ either side, and a step may make one piece of text for each of 32 answers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -36,11 +38,14 @@ from ftray.registry.store import Registry
 from ftray.session import usable_cpus
 
 from .config import ServeConfig
+from .metrics import MOST_SERIES
 from .wire import Accepted, Refused, Reply, join, merge
 
 log = logging.getLogger("ray.serve")
 IDLE_SECONDS = 1.0
 """An `events` call ends when its ingress has had no request here for so long: an open call would hold up draining."""
+TELL_SECONDS = 1.0
+"""An answer that does not stream is told in parts too: who leaves before its end has had them written."""
 MOST_EVENTS = 50_000
 """What waits for an ingress, at most; one that takes nothing has ended."""
 
@@ -72,9 +77,16 @@ class _Running:
 
     done: asyncio.Event = field(default_factory=asyncio.Event)
     outbox: _Outbox | None = None
-    """None: it does not stream; its chunks are kept."""
+    """None: it does not stream; its chunks are kept until they are told."""
     chunks: list[Chunk] = field(default_factory=list)
     end: Finished | None = None
+
+    def take(self) -> list[Event]:
+        """What does not go through an outbox."""
+        if self.outbox is not None:
+            return []
+        chunks, self.chunks = self.chunks, []
+        return [*([join(chunks)] if chunks else []), *([self.end] if self.end else [])]
 
 
 class Bridge:
@@ -94,7 +106,7 @@ class Bridge:
         self.engine = made.result()
 
     async def run(self, request: Request, ingress: str, streams: bool) -> AsyncIterator[Reply]:
-        """Answer one request. Yields Accepted or Refused; then, if it does not stream, all its events at its end. Who
+        """Answer one request. Yields Accepted or Refused; then, if it does not stream, its events, now and then. Who
         stops listening cancels it."""
         self._loop = asyncio.get_running_loop()
         if self.broken or self._stop.is_set():
@@ -116,10 +128,14 @@ class Bridge:
                 yield Refused(error)
                 return
             yield Accepted(self.name)
-            await running.done.wait()
-            if not streams:
-                assert running.end is not None
-                yield [*([join(running.chunks)] if running.chunks else []), running.end]
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(running.done.wait(), None if streams else TELL_SECONDS)
+                ended = running.done.is_set()
+                if told := running.take():
+                    yield told
+                if ended:
+                    break
         finally:
             if not running.done.is_set():
                 self.engine.cancel(request.id)
@@ -149,8 +165,8 @@ class Bridge:
                 await asyncio.wait_for(outbox.ready.wait(), IDLE_SECONDS)
             except TimeoutError:
                 if not outbox.running:
-                    if outbox.reader == number:
-                        self._outboxes.pop(ingress, None)
+                    if outbox.reader == number and self._outboxes.get(ingress) is outbox:
+                        del self._outboxes[ingress]  # after an overflow another one has the name
                     return
                 continue
             if outbox.reader != number:
@@ -237,7 +253,7 @@ class EngineReplica:
         stats = self._engine.stats()
         counted = {field.name: getattr(stats, field.name) for field in fields(stats)}
         counted |= {"context": self._engine.context, "adapters": len(stats.resident)}
-        return {"replica": self._bridge.name, **counted, **self._shelf.counted(stats.resident)}
+        return {"replica": self._bridge.name, **counted, **self._shelf.counted()}
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For the router: whose adapters are here."""
@@ -250,6 +266,17 @@ class EngineReplica:
     def __del__(self) -> None:
         if bridge := getattr(self, "_bridge", None):
             bridge.close()
+
+
+@dataclass
+class _Tally:
+    """Of one adapter."""
+
+    loads: int = 0
+    failures: int = 0
+    evictions: int = 0
+    """Times that it left memory: each is counted when its last reference goes, not when somebody looks."""
+    load_seconds: float = 0.0
 
 
 class Shelf:
@@ -265,38 +292,48 @@ class Shelf:
             own = digest_of([base.digest, template])[:16]  # what lies there was checked against this base
             self._cache = Cache(Path(whole) / own, config.cache.max_bytes, Registry(config.registry), facts)
         self._lock = threading.Lock()
-        self._counts: dict[str, Counter[tuple[str, str]]] = {
-            what: Counter() for what in ("loads", "failures", "evictions")
-        }
-        self._resident: set[Ref] = set()
-        self._seconds: dict[tuple[str, str], float] = {}
+        self._tallies: OrderedDict[tuple[str, str], _Tally] = OrderedDict()
+        """By (tenant, digest), the latest last."""
+        self._gone: deque[Ref] = deque()
+        """Adapters that left memory and are not counted yet. Without the lock, which whoever let the last reference go
+        may hold."""
 
     def load(self, ref: Ref) -> Adapter:
         """For the engine's threads. Raises ArtefactError."""
-        began, what = time.monotonic(), "failures"
+        began, adapter = time.monotonic(), None
         try:
             if self._cache is None:
                 raise ArtefactError("this endpoint has no registry", where=str(ref))
             with self._cache.get(ref) as folder:
                 adapter = self._base.read(folder)
-            what = "loads"
+            weakref.finalize(adapter, self._gone.append, ref).atexit = False
             return adapter
         finally:
             with self._lock:
-                self._counts[what][ref.tenant, ref.digest] += 1
-                key = ref.tenant, ref.digest
-                self._seconds[key] = self._seconds.get(key, 0.0) + time.monotonic() - began
+                tally = self._tally(ref)
+                tally.loads += adapter is not None
+                tally.failures += adapter is None
+                tally.load_seconds += time.monotonic() - began
 
-    def counted(self, resident: Iterable[Ref]) -> dict[str, Any]:
-        """Loads, failures, evictions and seconds by (tenant, digest); `resident` is what lies in memory now."""
+    def counted(self) -> dict[str, Any]:
+        """Loads, failures, evictions and seconds by (tenant, digest)."""
         with self._lock:
-            for ref in self._resident - (now := set(resident)):
-                self._counts["evictions"][ref.tenant, ref.digest] += 1
-            self._resident = now
+            while self._gone:
+                ref = self._gone.popleft()
+                if tally := self._tallies.get((ref.tenant, ref.digest)):
+                    tally.evictions += 1
             return {
-                **{what: dict(counts) for what, counts in self._counts.items()},
-                "load_seconds": dict(self._seconds),
+                what.name: {who: getattr(tally, what.name) for who, tally in self._tallies.items()}
+                for what in fields(_Tally)
             }
+
+    def _tally(self, ref: Ref) -> _Tally:
+        """As many are kept as series of an ingress; the one that was loaded longest ago is forgotten."""
+        found = self._tallies.setdefault((ref.tenant, ref.digest), _Tally())
+        self._tallies.move_to_end((ref.tenant, ref.digest))
+        while len(self._tallies) > MOST_SERIES:
+            self._tallies.popitem(last=False)
+        return found
 
 
 def make_base(config: ServeConfig) -> Base:

@@ -9,8 +9,9 @@
         adapters: [shared/cheese]              # beside its own, which it names without the tenant
         limits: {requests_per_minute: 600, tokens_per_minute: 100_000, concurrency: 8}
 
-A key has 256 random bits, so that one round of SHA-256 hides it; `ftray serve --new-key` makes one. A file that cannot
-be read or is wrong changes nothing: the last good one stays, and the log and `/readyz` say so.
+Of several ingresses each keeps an even share of the limits. A key has 256 random bits, so that one round of SHA-256
+hides it; `ftray serve --new-key` makes one. A file that cannot be read or is wrong changes nothing: the last good one
+stays, and the log and `/readyz` say so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import hmac
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
@@ -52,7 +54,8 @@ class Limits(Strict):
 
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
-    """Of prompts and answers together. Answers count as they end, so that one minute may run over and the next pays."""
+    """Of prompts and answers together. Answers count as they end, so that one minute may run over and the next pays;
+    those that were left or cut off with what was written by then."""
     concurrency: int | None = Field(None, ge=1)
     """Answers in the making at once."""
 
@@ -79,8 +82,8 @@ def hash_of(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def parse_tenants(text: str, name: str) -> TenantsFile:
-    """Raises ConfigError with every problem found."""
+def parse_tenants(text: str, name: str, ingresses: int = 1) -> TenantsFile:
+    """`ingresses` are those that share the limits. Raises ConfigError with every problem found."""
     try:
         file = TenantsFile.model_validate(parse_yaml(text, name))
     except ValidationError as error:
@@ -91,12 +94,24 @@ def parse_tenants(text: str, name: str) -> TenantsFile:
             if key.sha256 in seen:
                 raise ConfigError(f"{seen[key.sha256]} and {tenant} have the same key {key.sha256[:12]}…", where=name)
             seen[key.sha256] = tenant
+    if problems := [found for tenant, value in file.tenants.items() for found in _too_few(tenant, value, ingresses)]:
+        raise ConfigError(
+            "\n  ".join(problems), where=name, hint=f"at least {ingresses} each, or a smaller ingress.replicas"
+        )
     return file
 
 
-def read_tenants(uri: str) -> TenantsFile:
+def _too_few(tenant: str, value: Tenant, ingresses: int) -> Iterator[str]:
+    """Limits that cannot be divided: an ingress admits one answer and one request a minute, or none ever."""
+    for key in ("concurrency", "requests_per_minute"):
+        limit = getattr(value.limits, key)
+        if limit is not None and limit < ingresses:
+            yield f"tenants.{tenant}.limits.{key}: {limit} among {ingresses} ingresses (ingress.replicas)"
+
+
+def read_tenants(uri: str, ingresses: int = 1) -> TenantsFile:
     """The tenants of a file or URI. Raises ConfigError."""
-    return parse_tenants(_read(uri), uri)
+    return parse_tenants(_read(uri), uri, ingresses)
 
 
 def _read(uri: str) -> str:
@@ -142,13 +157,13 @@ class Tenants:
     Raises ConfigError when the first reading fails: an endpoint does not start without its keys.
     """
 
-    def __init__(self, uri: str, every: float) -> None:
-        self.uri, self._every = uri, every
+    def __init__(self, uri: str, every: float, ingresses: int = 1) -> None:
+        self.uri, self._every, self._ingresses = uri, every, ingresses
         self.status = TenantsStatus()
         self._lock = threading.Lock()
         text = _read(uri)
         self._seen = hashlib.sha256(text.encode()).digest()
-        self.ring = Keyring(parse_tenants(text, uri))
+        self.ring = Keyring(parse_tenants(text, uri, ingresses))
         self._next = time.monotonic() + every
 
     @property
@@ -157,23 +172,28 @@ class Tenants:
 
     def refresh(self) -> str | None:
         """Look at the file again if it is time; returns what there is to say about it, once. Reads, so it blocks."""
-        with self._lock:
-            if not self.is_due:
-                return None
-            self._next = time.monotonic() + self._every
-            try:
-                text = _read(self.uri)
-                seen = hashlib.sha256(text.encode()).digest()
-                if seen == self._seen:
-                    told, self.status.error = self.status.error, None
-                    return f"{self.uri} can be read again" if told else None
-                ring = Keyring(parse_tenants(text, self.uri))
-            except ConfigError as error:
-                told, self.status.error = self.status.error, str(error)
-                return f"the last good tenants stay: {error}" if told != str(error) else None
-            self.ring, self._seen, self.status.error = ring, seen, None
-            self.status.read_at = time.time()
-            return f"{self.uri} was read again: {len(ring.file.tenants)} tenants"
+        if not self._lock.acquire(blocking=False):
+            return None  # somebody looks; at a store that stands still it may take long
+        try:
+            return self._look() if self.is_due else None
+        finally:
+            self._lock.release()
+
+    def _look(self) -> str | None:
+        self._next = time.monotonic() + self._every
+        try:
+            text = _read(self.uri)
+            seen = hashlib.sha256(text.encode()).digest()
+            if seen == self._seen:
+                told, self.status.error = self.status.error, None
+                return f"{self.uri} can be read again" if told else None
+            ring = Keyring(parse_tenants(text, self.uri, self._ingresses))
+        except ConfigError as error:
+            told, self.status.error = self.status.error, str(error)
+            return f"the last good tenants stay: {error}" if told != str(error) else None
+        self.ring, self._seen, self.status.error = ring, seen, None
+        self.status.read_at = time.time()
+        return f"{self.uri} was read again: {len(ring.file.tenants)} tenants"
 
     def tenant_of(self, key: str) -> str | None:
         return self.ring.tenant_of(key, datetime.now(UTC))

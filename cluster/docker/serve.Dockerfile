@@ -4,7 +4,7 @@
 #   docker run --rm --gpus all --shm-size 8g -p 127.0.0.1:8000:8000 -v "$PWD":/work -w /work \
 #     ghcr.io/your-team/ftray-serve:0.1.0 serve serve.yaml http_options.host=0.0.0.0     # needs args.tenants: keys
 #
-# Base images are pinned by tag. To pin them by digest as well, look it up once and write it behind the tag:
+# Python's packages are those of serve.lock, at its versions. Base images are pinned by tag. To pin them by digest as well, look it up once and write it behind the tag:
 #   docker buildx imagetools inspect python:3.11-slim-bookworm --format '{{.Manifest.Digest}}'
 #   ARG PYTHON_TAG=3.11-slim-bookworm@sha256:…
 
@@ -22,11 +22,14 @@ COPY --from=uv /uv /usr/local/bin/uv
 ENV UV_LINK_MODE=copy UV_NO_CACHE=1 VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH
 RUN uv venv --python /usr/local/bin/python "${VIRTUAL_ENV}"
 WORKDIR /src
-COPY pyproject.toml cluster/docker/requirements.py ./
+COPY pyproject.toml cluster/docker/requirements.py cluster/docker/serve.lock ./
+# torch alone from its index, all else at the versions of the lock. A package that the lock does not name, as by an extra
+# that it was not made for, ends the build; torch's own index calls its version 2.13.0+cpu.
 RUN python requirements.py --serve --extras "${EXTRAS}" > requirements.txt \
  && grep '^torch==' requirements.txt > torch.txt \
- && uv pip install --default-index "${TORCH_INDEX}" --requirements torch.txt \
- && uv pip install --requirements requirements.txt
+ && uv pip install --no-deps --default-index "${TORCH_INDEX}" --requirements torch.txt \
+ && uv pip install --requirements requirements.txt --constraints serve.lock \
+ && ! uv pip freeze | sed 's/+.*//' | grep --invert-match --line-regexp --fixed-strings --file serve.lock
 COPY README.md LICENSE ./
 COPY ftray ftray
 COPY serve serve

@@ -3,7 +3,7 @@
 #   docker build -f cluster/docker/train.Dockerfile -t ghcr.io/your-team/ftray-train:0.1.0 .
 #   docker build -f cluster/docker/train.Dockerfile --build-arg EXTRAS=s3,mlflow -t … .
 #
-# Base images are pinned by tag. To pin them by digest as well, look it up once and write it behind the tag:
+# Python's packages are those of train.lock, at its versions. Base images are pinned by tag. To pin them by digest as well, look it up once and write it behind the tag:
 #   docker buildx imagetools inspect nvidia/cuda:13.0.2-devel-ubuntu24.04 --format '{{.Manifest.Digest}}'
 #   ARG CUDA_TAG=13.0.2-devel-ubuntu24.04@sha256:…
 
@@ -25,9 +25,12 @@ COPY --from=uv /uv /usr/local/bin/uv
 ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_NO_CACHE=1 VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH
 RUN uv venv --python "${PYTHON_VERSION}" "${VIRTUAL_ENV}"
 WORKDIR /src
-# What changes rarely first: the dependencies, at the versions that pyproject.toml gives.
-COPY pyproject.toml cluster/docker/requirements.py ./
-RUN python requirements.py --extras "${EXTRAS}" > requirements.txt && uv pip install --requirements requirements.txt
+# What changes rarely first: the dependencies that pyproject.toml names, at the versions of the lock. A package that the
+# lock does not name, as by an extra that it was not made for, ends the build.
+COPY pyproject.toml cluster/docker/requirements.py cluster/docker/train.lock ./
+RUN python requirements.py --extras "${EXTRAS}" > requirements.txt \
+ && uv pip install --requirements requirements.txt --constraints train.lock \
+ && ! uv pip freeze | grep --invert-match --line-regexp --fixed-strings --file train.lock
 # DeepSpeed compiles against the toolkit of the base: a torch for another CUDA is said here, not on the first node.
 RUN python -c "import torch; v = torch.version.cuda or 'none'; assert v.split('.')[0] == '${CUDA_VERSION}'.split('.')[0], \
     f'torch is built for CUDA {v}, the base has ${CUDA_VERSION}: choose another CUDA_TAG'"

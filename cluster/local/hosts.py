@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
         ("start", start, "Start Ray again on a host that was killed."),
     ):
         command(name, call, text).add_argument("host")
-    command("env", environment, "Print what a shell of this machine needs to talk to the cluster: eval $(… env).")
+    command("env", environment, 'Print what a shell of this machine needs to talk to the cluster: eval "$(… env)".')
     command("down", down, "End every process of the hosts, and remove all that `up` made.")
     return parser.parse_args()
 
@@ -440,7 +440,10 @@ def alive_nodes(cluster: Cluster) -> list[str] | None:
 
 
 def write_token(path: Path) -> None:
+    """It is root's, or theirs who called `sudo`: their own shell talks to the cluster with it, see `env`."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        if "SUDO_UID" in os.environ:
+            os.fchown(file.fileno(), int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"]))
         file.write(secrets.token_hex(32))
 
 

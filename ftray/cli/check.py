@@ -10,7 +10,7 @@ from typing import Any
 
 from ftray.cli.words import count, facts, percent, size, some, table
 from ftray.config import LOW_RANK, Full, Run, Source
-from ftray.config.training import OWNERS
+from ftray.config.training import COMMIT_SECONDS, OWNERS
 from ftray.errors import DataError
 from ftray.manifest import is_local
 from ftray.model.advice import Advice, cheapest_fit
@@ -177,7 +177,9 @@ def steps_text(run: Run) -> str:
     if run.data.held_out or run.data.held_out_fraction:
         lines.append("evaluation at the start and the end" + (f", and every {some(every, 'step')}" if every else ""))
     every = train.commit_every or train.evaluate_every
-    lines.append("commit at the end" + (f", and every {some(every, 'step')}" if every else ""))
+    at = f", and every {some(every, 'step')}" if every else ""
+    late = "" if train.commit_every else f", and after {COMMIT_SECONDS / 60:g} minutes without one"
+    lines.append(f"commit at the end{at}{late}")
     return "\n".join(lines)
 
 

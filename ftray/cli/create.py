@@ -23,7 +23,7 @@ def create_command(recipe: str, overrides: list[str], *, dry: bool, as_json: boo
     wait = "waiting for the calls that are on their way"
     with (
         open_console(as_json=as_json) as console,
-        stop_on_signal(lambda text: console({"kind": "status", "text": text}), wait) as stop,
+        stop_on_signal(lambda text: console({"kind": "status", "text": text}), lambda: wait) as stop,
     ):
         found, why = create(creation, console, stop.is_set)
     if as_json:

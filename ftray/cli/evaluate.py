@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.cli.console import open_console
 from ftray.cli.words import count, duration, facts, json_text, table
 from ftray.config import Evaluation, Run, load_run
 from ftray.config.explain import explain
-from ftray.errors import ConfigError
+from ftray.errors import ConfigError, FtrayError, RunError
+
+if TYPE_CHECKING:
+    from ftray.evaluate.systems import System
 
 _OVERRIDE = re.compile(r"[a-z_]+(?:\.[a-z_0-9]+)*=")
 
@@ -26,6 +29,7 @@ def evaluate_command(
     examples: str | None,
     judge: str | None,
     prices: str | None,
+    kept: bool,
     to: str | None,
     registry: str | None,
     workers: int | None,
@@ -44,32 +48,75 @@ def evaluate_command(
     from ftray.cli.export import quiet
     from ftray.cli.publish import VARIABLE
     from ftray.evaluate.evaluation import evaluate, task_of
-    from ftray.evaluate.results import to_json, write_result
+    from ftray.evaluate.judging import judge_of
+    from ftray.evaluate.results import answer_rows, to_json, write_result
     from ftray.evaluate.systems import resolved
 
+    paid, written, failure = _prices(prices, judge), None, None
     with open_console(as_json=as_json) as console, nullcontext() if verbose else quiet():
         with resolved(systems_named, registry or os.environ.get(VARIABLE)) as systems:
+            folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
             as_run = load_run(like) if like else next((s.run for s in systems if s.run is not None), None)
-            task = task_of(systems, as_run, settings_of(as_run, overrides))
-            with _workers(workers, registry, verbose) as computing:
-                result = evaluate(systems, task, console, judge, _prices(prices, judge), computing)
-        folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
-        written = None
-        if folder is not None:
+            settings = settings_of(as_run, overrides) or Evaluation()
+            endpoint = judge_of(judge, settings.metrics) if judge else None
+            if kept:
+                found, rows = _kept(folder, systems, settings)
+            else:
+                task = task_of(systems, as_run, settings)
+                with _workers(workers, registry, verbose, console) as computing:
+                    result = evaluate(systems, task, console, computing)
+                found, rows = to_json(result), answer_rows(result)
+        if folder is not None and not kept:
             console({"kind": "status", "text": "writing the result"})
-            written = write_result(folder, result)
-    found = to_json(result)
+            written = write_result(folder, found, rows)
+        if endpoint is not None:
+            failure = _judge(endpoint, found, rows, paid, console)
+            written = write_result(folder, found) if folder is not None else None
     report = _report(folder, console) if folder is not None else None
     if as_json:
         print(json_text({"kind": "evaluation", **found, "written": written, "report": report}, ensure_ascii=False))
-        return
-    print(f"\n{result_text(found)}\n")
-    places = [("answers", written)] if written else []
-    places += [("report", report)] if report else []
-    if places:
-        print(facts(places, indent=0))
     else:
-        print("nothing was kept; --to FOLDER keeps every answer and the result")
+        print(f"\n{result_text(found)}\n")
+        places = [("answers", written)] if written else []
+        places += [("report", report)] if report else []
+        print(facts(places, indent=0) if places else "nothing was kept; --to FOLDER keeps every answer and the result")
+    if failure is not None:
+        again = "the answers are kept: the same command with --kept judges them" if written else failure.hint
+        raise RunError(f"the judge failed: {failure.what}", where=failure.where, hint=again)
+
+
+def _judge(endpoint: Any, found: dict[str, Any], rows: list[dict[str, Any]], prices: Any, console: Any) -> Any:
+    """Put what the judge says into `found`. Returns the error that ended it, if one did."""
+    from ftray.evaluate.judging import verdicts
+
+    said: list[dict[str, Any]] = []
+    try:
+        for each in verdicts(endpoint, found, rows, prices, console):
+            said.append(each)
+            found["judged"] = said
+    except FtrayError as error:
+        return error
+    return None
+
+
+def _kept(folder: str | None, systems: Sequence[System], settings: Evaluation) -> tuple[dict[str, Any], list[Any]]:
+    """The result that this command would have, and its answers, as they are kept in `folder`. Raises ConfigError where
+    others are."""
+    from ftray.evaluate.results import read_result
+    from ftray.redact import redact, redact_values
+
+    if folder is None:
+        raise ConfigError("where are the answers kept?", where="--kept", hint="name it with --to FOLDER")
+    found, rows = read_result(folder)
+    asked = [system["where"] for system in found["systems"] if system["kind"] != "base"]
+    named = [redact(system.where) for system in systems]
+    if asked != named or found["settings"] != redact_values(settings.model_dump(mode="json")):
+        raise ConfigError(
+            f"the answers that are kept are those of other systems or settings (of {', '.join(asked)})",
+            where=folder,
+            hint="the command that wrote them, with --kept",
+        )
+    return found, rows
 
 
 def matrix_command(
@@ -96,7 +143,7 @@ def matrix_command(
     with open_console(as_json=as_json) as console, nullcontext() if verbose else quiet():
         with resolved(names, registry or os.environ.get(VARIABLE)) as systems:
             columns = columns_of(systems, general_sources(general), limit)
-            with _workers(workers, registry, verbose) as computing:
+            with _workers(workers, registry, verbose, console) as computing:
                 matrix = cross(systems, columns, console, computing)
         folder = to or next((s.run_folder for s in systems if s.run_folder is not None), None)
         written = write_matrix(folder, matrix) if folder is not None else None
@@ -111,7 +158,7 @@ def matrix_command(
 
 
 @contextmanager
-def _workers(count: int | None, registry: str | None, verbose: bool) -> Iterator[Any]:
+def _workers(count: int | None, registry: str | None, verbose: bool, console: Any) -> Iterator[Any]:
     """Who computes: this process, or actors of Ray where a number was asked for or a cluster is at hand."""
     from ftray.cli.publish import VARIABLE
     from ftray.session import in_a_job, ray_session
@@ -124,7 +171,7 @@ def _workers(count: int | None, registry: str | None, verbose: bool) -> Iterator
     with ray_session(verbose=verbose):
         from ftray.evaluate.crew import Crew
 
-        yield partial(Crew, count=count, registry=registry or os.environ.get(VARIABLE))
+        yield partial(Crew, count=count, registry=registry or os.environ.get(VARIABLE), on_event=console)
 
 
 def _prices(text: str | None, judge: str | None) -> tuple[float, float] | None:
@@ -230,7 +277,8 @@ def result_text(found: dict[str, Any]) -> str:
         head += ["prompt", "answer"]
     rows = [_row(system, found, names, asked) for system in found["systems"]]
     lines = [table(head, rows, right=range(1, len(head))), ""]
-    from ftray.evaluate.results import decoding_text, judged_text
+    from ftray.evaluate.judging import judged_text
+    from ftray.evaluate.results import decoding_text
 
     about = f"{count(found['questions'])} questions with {count(found['references'])} references"
     lines.append(f"{about}, losses of {count(found['loss_rows'])} rows; {duration(found['seconds'])}")

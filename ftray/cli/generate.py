@@ -16,6 +16,7 @@ from ftray.session import ray_session
 
 if TYPE_CHECKING:
     from ftray.evaluate.generation import Generation, Part
+    from ftray.evaluate.places import OnEvent
 
 
 def generate_command(
@@ -47,11 +48,11 @@ def generate_command(
     from ftray.evaluate.generate import generate, on_ray
     from ftray.evaluate.generation import Asking
 
-    def on_own_ray(generation: Generation, parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
+    def on_own_ray(generation: Generation, parts: Sequence[Part], on_event: OnEvent) -> Iterator[dict[str, Any]]:
         """Ray is started once it is known that there is something to do."""
         if parts:
             with ray_session(verbose=verbose):
-                yield from on_ray(generation, parts)
+                yield from on_ray(generation, parts, on_event)
 
     if not verbose:  # a line of Ray's core about each actor that may be started again
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -106,7 +106,7 @@ def quickstart_text(results: dict[str, dict[str, Any]]) -> str:
     """One line a tenant: held-out loss (nats a target token) of base and tuned model, time, and where it lies."""
     rows = []
     for tenant, s in results.items():
-        base, tuned = s["base_loss"], _tuned(s)
+        base, tuned = s["base_loss"], s["artefact_loss"]
         figures = (f"{base:.4f}", f"{tuned:.4f}", f"{tuned / base:.2f}", f"{s['seconds']:.0f}")
         rows.append((tenant, *figures, s["artefact"]))
     head = ("tenant", "base loss", "tuned loss", "ratio", "seconds", "artefact")
@@ -134,8 +134,3 @@ def next_text(results: dict[str, dict[str, Any]], file: str) -> str:
         ],
         indent=0,
     )
-
-
-def _tuned(summary: dict[str, Any]) -> float:
-    best = summary.get("best_loss")
-    return best if best is not None else summary["final_loss"]

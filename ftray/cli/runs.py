@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ftray.cli.words import count, duration, facts, json_text, table
-from ftray.errors import EXIT_OK, EXIT_STOPPED, UserError
+from ftray.errors import EXIT_OK, EXIT_STOPPED, DataError, FtrayError, RunError, UserError
 from ftray.jobs.cluster import Cluster, ConnectionLost, Job
-from ftray.jobs.listing import RunState, find, folders_in, is_ours, look, merged, of_job, runs_of
+from ftray.jobs.listing import RunState, find, folders_in, is_ours, look, merged, of_job, runs_of, unread
 from ftray.jobs.outcome import outcome
+from ftray.redact import redact
+from ftray.storage import reached
+from ftray.train.lease import holders
 
 _EVERY_SECONDS = 1.0
 
@@ -21,7 +24,7 @@ def list_command(
 ) -> None:
     """Runs of the cluster's jobs, and of folders; of folders alone where no cluster is named."""
     jobs = _jobs(address, token_file, needed=not folders)
-    states = [state for place in folders for folder in folders_in(place) if (state := look(folder))]
+    states = _states(folder for place in folders for folder in folders_in(place))
     states += [state for state in _of_jobs(jobs) if state.folder not in {s.folder for s in states}]
     lines = merged(jobs, states)
     if not every:
@@ -30,6 +33,8 @@ def list_command(
         print(json_text([line.to_json() for line in lines], indent=2))
     elif lines:
         print(runs_table(lines))
+        if told := unread_text(lines):
+            print(f"\n{told}")
     else:
         print("no runs", file=sys.stderr)
 
@@ -46,16 +51,48 @@ def _jobs(address: str | None, token_file: str | None, needed: bool) -> list[Job
 
 
 def _of_jobs(jobs: Sequence[Job]) -> list[RunState]:
-    """What the folders of jobs say, as far as they can be read from here."""
-    found = []
-    for folder in dict.fromkeys(folder for job in jobs for _, folder in runs_of(job)):
+    """What the folders of jobs say; nothing of those that are paths of the cluster's alone."""
+    return _states(dict.fromkeys(folder for job in jobs for _, folder in runs_of(job)))
+
+
+def _states(folders: Iterable[str]) -> list[RunState]:
+    """What each folder says, or why it cannot be read from here. A store that failed is asked no more: each time might
+    take minutes."""
+    found: list[RunState | None] = []
+    failed: dict[str, str] = {}
+    for folder in folders:
+        store = _store(folder)
+        if store in failed:
+            found.append(unread(folder, failed[store]))
+            continue
         try:
-            state = look(folder)
-        except (OSError, ImportError, ValueError):
-            continue  # a path of the cluster's, or a store that this machine has no key for
-        if state is not None:
-            found.append(state)
-    return found
+            found.append(_look(folder))
+        except FtrayError as error:
+            found.append(unread(folder, error.what))
+            if isinstance(error, RunError) and not isinstance(error.__cause__, PermissionError):
+                failed[store] = error.what  # a permission may be missing for one folder alone
+    return [state for state in found if state is not None]
+
+
+def _store(folder: str) -> str:
+    """`s3://bucket`; of a plain path itself."""
+    return "/".join(folder.split("/")[:3]) if "://" in folder else folder
+
+
+def _look(folder: str) -> RunState | None:
+    """What a folder says, if it is a run's. Raises FtrayError where it cannot be read."""
+    try:
+        with reached(folder):
+            return look(folder, _held)
+    except FtrayError:
+        raise
+    except Exception as error:  # drivers raise errors of their own libraries
+        text = " ".join(redact(str(error)).split())[:200]
+        raise DataError(f"{type(error).__name__}: {text}", where=redact(folder)) from error
+
+
+def _held(folder: str) -> bool:
+    return any(holder.alive for holder in holders(folder))
 
 
 def runs_table(lines: Sequence[RunState], now: float | None = None) -> str:
@@ -78,9 +115,21 @@ def runs_table(lines: Sequence[RunState], now: float | None = None) -> str:
     return table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
+def unread_text(lines: Iterable[RunState]) -> str:
+    """Why steps and losses of some are not known: a line for each reason."""
+    folders: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        if line.unread:
+            folders.setdefault((line.unread, _store(line.folder or "")), []).append(redact(line.folder or ""))
+    return "\n".join(
+        f"? {first}{f' and {len(more)} more there' if more else ''} cannot be read from here: {why}"
+        for (why, _), (first, *more) in folders.items()
+    )
+
+
 def progress(line: RunState) -> str:
     if line.step is None:
-        return ""
+        return "?" if line.unread else ""
     return count(line.step) + (f"/{count(line.of)}" if line.of else "")
 
 
@@ -90,21 +139,23 @@ def _loss(line: RunState) -> str:
 
 
 def show_command(run: str, *, address: str | None, token_file: str | None, as_json: bool) -> None:
-    """One run: by its folder, its name or its job's id."""
+    """One run: by its file, its folder, its name or its job's id."""
     state, job = _one(run, address, token_file)
     if as_json:
         told = None if job is None else {"id": job.id, "status": job.status, "entrypoint": job.entrypoint}
         print(json_text(state.to_json() | {"of_job": told}, indent=2))
         return
     pairs = [("run", state.name), ("state", state.state)]
-    if state.step is not None:
-        pairs.append(("step", progress(state)))
+    if text := progress(state):
+        pairs.append(("step", text))
     if text := _loss(state):
         pairs.append(("loss", text))
     if state.changed is not None:
         pairs.append(("moved", f"{duration(max(0.0, time.time() - state.changed))} ago"))
     if state.folder:
         pairs.append(("folder", state.folder))
+    if state.unread:
+        pairs.append(("not read", state.unread))
     if job is not None:
         pairs += [("job", f"{job.id}, {job.status}"), ("command", job.entrypoint)]
         if job.is_over and job.status != "SUCCEEDED":
@@ -114,13 +165,20 @@ def show_command(run: str, *, address: str | None, token_file: str | None, as_js
 
 def _one(run: str, address: str | None, token_file: str | None) -> tuple[RunState, Job | None]:
     """Raises UserError where neither a folder nor a job is meant."""
-    state = None
-    if "://" in run or os.path.isdir(run):
-        state = look(run)
-        if state is None:
+    names = _names(run)
+    state, failure = None, None
+    folder = next((name for name in names if "://" in name or os.path.isdir(name)), None)
+    if folder is not None:
+        try:
+            state = _look(folder)
+        except FtrayError as error:
+            state, failure = unread(folder, error.what), error
+        if state is None and names == [folder]:
             raise UserError("this folder holds no run", where=run)
     jobs = _jobs(address, token_file, needed=state is None)
-    job = find(run.rstrip("/"), jobs)
+    job = _found(names, jobs)
+    if job is None and failure is not None:
+        raise failure
     if state is None and job is None:
         raise _no_run(run, jobs)
     if job is None:
@@ -128,7 +186,24 @@ def _one(run: str, address: str | None, token_file: str | None) -> tuple[RunStat
         return state, None
     folders = [state] if state else _of_jobs([job])
     lines = merged([job], folders)
-    return next((line for line in lines if run in (line.name, line.folder)), lines[0]), job
+    return next((line for line in lines if line.name in names or line.folder in names), lines[0]), job
+
+
+def _names(run: str) -> list[str]:
+    """What a run is known by, the surest first: what was given, or of a run's or search's file the folder and the name
+    that it gives. Raises ConfigError for a file that is neither."""
+    if not run.endswith((".yaml", ".yml")) or not ("://" in run or os.path.isfile(run)):
+        return [run.rstrip("/")]
+    from ftray.config import load_run
+    from ftray.config.reading import load_raw
+    from ftray.config.search import load_search
+
+    found = load_search(run) if "space" in load_raw(run)[0] else load_run(run)
+    return [found.folder.rstrip("/"), found.name]
+
+
+def _found(names: Sequence[str], jobs: Sequence[Job]) -> Job | None:
+    return next((job for name in names if (job := find(name, jobs))), None)
 
 
 def _no_run(run: str, jobs: Sequence[Job]) -> UserError:
@@ -142,7 +217,7 @@ def _no_run(run: str, jobs: Sequence[Job]) -> UserError:
 
 def _job(run: str, cluster: Cluster) -> Job:
     jobs = [job for job in cluster.jobs() if is_ours(job)]
-    job = find(run.rstrip("/"), jobs)
+    job = _found(_names(run), jobs)
     if job is None:
         raise _no_run(run, jobs)
     return job

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftray.cli.signals import stop_on_signal
-from ftray.cli.words import facts
-from ftray.errors import EXIT_OK, RunStopped
+from ftray.cli.words import facts, size, table
+from ftray.engine.memory import MemoryPlan, memory_plan
+from ftray.errors import EXIT_OK, ModelError, RunStopped
+from ftray.model.source import find_shapes
+from ftray.model.states import GIB
 from ftray.session import in_a_job
 
 if TYPE_CHECKING:
@@ -23,9 +26,9 @@ def serve_command(where: str, overrides: list[str], *, check: bool, as_json: boo
 
     file = load_serve(where, overrides)
     if file.config.tenants:
-        read_tenants(file.config.tenants)
+        read_tenants(file.config.tenants, file.config.ingress.replicas)
     if check:
-        print(json.dumps(file.dump(), indent=2) if as_json else f"{to_yaml(file)}\n{describe(file)}")
+        print(check_json(file) if as_json else f"{to_yaml(file)}\n{describe(file)}\n\n{memory_text(file)}")
         return EXIT_OK
     from serve.local import running, session
 
@@ -72,6 +75,44 @@ def describe(file: ServeFile) -> str:
         ],
         indent=0,
     )
+
+
+def plan_of(file: ServeFile) -> MemoryPlan:
+    """Raises ModelError where the base's shapes are not to be found."""
+    config = file.config
+    return memory_plan(
+        find_shapes(config.model)[0],
+        config.engine,
+        quantized=config.quantization == "nf4",
+        precision=config.precision,
+        gpu=config.replicas.gpus != 0,
+        adapters=config.registry is not None,
+    )
+
+
+def memory_text(file: ServeFile) -> str:
+    """The memory plan, and what it comes to."""
+    try:
+        plan = plan_of(file)
+    except ModelError as error:  # a file may be checked far from the machine that has the base
+        return f"memory: not known here, since the base is not: {error}"
+    rows = [(i.name, size(i.bytes), "host" if i.place == "host" else "device", i.how) for i in plan.items]
+    rows.append(("total", size(plan.total_gib * GIB), "device", ""))
+    device = "on a CPU" if file.config.replicas.gpus == 0 else "as on a GPU"
+    return (
+        f"memory of a replica, at most: {plan.need.slots:,} slots of {plan.need.context:,} places; prompts are read"
+        f" {device}, {plan.need.prompt_tokens:,} tokens a step\n\n"
+        f"{table(('what', 'memory', 'where', 'how'), rows, right=(1,))}"
+    )
+
+
+def check_json(file: ServeFile) -> str:
+    """The resolved file, and the plan beside it."""
+    try:
+        plan: dict[str, Any] = plan_of(file).to_json()
+    except ModelError as error:
+        plan = {"error": str(error)}
+    return json.dumps(file.dump() | {"plan": plan}, indent=2)
 
 
 def ready_text(file: ServeFile, address: str) -> str:

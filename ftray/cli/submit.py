@@ -123,7 +123,13 @@ def _parsed(arguments: Sequence[str], commands: dict[str, Any]) -> CommandLine:
         for option in [*getattr(parameter, "opts", []), *getattr(parameter, "secondary_opts", [])]
         if option.startswith("-")
     }
-    return CommandLine.parse(arguments, takes_value)
+    line = CommandLine.parse(arguments, takes_value)
+    if line.name == "serve":
+        from serve.config import load_serve
+
+        for word in line.positionals[:1]:
+            load_serve(word.text, line.overrides)
+    return line
 
 
 def _metadata(package: Package, name: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftray.cli.console import PlainConsole, open_console, open_consoles
 from ftray.cli.signals import stop_on_signal
-from ftray.cli.words import count, duration, facts, percent, size
+from ftray.cli.words import count, duration, facts, percent, size, some
 from ftray.config import Run
 from ftray.errors import EXIT_OK, FtrayError, RunStopped
 from ftray.manifest import filesystem, join
@@ -30,6 +30,21 @@ def train_command(run: Run, *, as_json: bool, verbose: bool) -> int:
     return EXIT_OK
 
 
+class _Begun:
+    """Whether training has begun, from the events that pass."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, event: dict[str, Any]) -> dict[str, Any]:
+        self._begun |= event["kind"] == "start"
+        return event
+
+    def stopping(self) -> str:
+        """What a wish to stop comes to."""
+        return "stopping after this step, with a commit" if self._begun else "stopping; training has not begun yet"
+
+
 def train_many(runs: list[Run], *, as_json: bool, verbose: bool) -> int:
     """Several runs on one base. The exit code is that of the first one that did not finish."""
     from ftray.tune.together import check_together
@@ -46,8 +61,13 @@ def train_many(runs: list[Run], *, as_json: bool, verbose: bool) -> int:
         from ftray.tune.together import train_together
 
         first({"kind": "status", "text": "starting Ray"})
-        with ray_session(verbose=verbose), stop_on_signal(lambda text: first({"kind": "status", "text": text})) as stop:
-            outcomes = train_together(runs, on_event=lambda name, event: consoles[name](event), stop=stop)
+        seen = _Begun()
+
+        def say(text: str) -> None:
+            first({"kind": "status", "text": text})
+
+        with ray_session(verbose=verbose), stop_on_signal(say, seen.stopping) as stop:
+            outcomes = train_together(runs, on_event=lambda name, event: consoles[name](seen(event)), stop=stop)
         reports = {run.name: _report(run, consoles[run.name]) for run in runs if _has_metrics(run)}
     errors: list[FtrayError] = []
     for run in runs:
@@ -77,9 +97,10 @@ def train_run(run: Run, console: PlainConsole, *, verbose: bool) -> tuple[dict[s
     def say(text: str) -> None:
         console({"kind": "status", "text": text})
 
-    with stop_on_signal(say) as stop:
+    seen = _Begun()
+    with stop_on_signal(say, seen.stopping) as stop:
         try:
-            summary = train(run, on_event=console, stop=stop, verbose=verbose)
+            summary = train(run, on_event=lambda event: console(seen(event)), stop=stop, verbose=verbose)
         except RunStopped:
             if _has_metrics(run):
                 _report(run, console)
@@ -109,7 +130,8 @@ def summary_text(summary: dict[str, Any], report: str | None) -> str:
     trained, whole = s["trainable_parameters"], s["parameters"]
     share = percent(trained / whole)
     pairs.append(("trained", f"{count(trained)} of {count(whole)} parameters, {share} ({s['method']})"))
-    pairs.append(("speed", f"{count(s['target_tokens_per_second'])} target tokens/s on {s['workers']} worker(s)"))
+    speed = count(s["target_tokens_per_second"])
+    pairs.append(("speed", f"{speed} target tokens/s on {some(s['workers'], 'worker')}"))
     if s.get("skipped_steps"):
         pairs.append(("skipped", f"{count(s['skipped_steps'])} steps whose loss or gradient was not finite"))
     if s.get("peak_memory_gib"):
@@ -125,10 +147,8 @@ def summary_text(summary: dict[str, Any], report: str | None) -> str:
 
 
 def held_out_text(s: dict[str, Any]) -> str:
-    """`4.4012 → 0.9500 (0.216 of the base's), best at step 250`."""
-    best = s.get("best_loss")
-    tuned = best if best is not None else s["final_loss"]
-    if tuned is None or not s["base_loss"]:
-        return f"{s['base_loss']:.4f} at the start"
-    text = f"{s['base_loss']:.4f} → {tuned:.4f}, {percent(tuned / s['base_loss'])} of the base's"
-    return text + (f", at step {count(s['best_step'])}" if s.get("best_step") is not None else "")
+    """`4.4012 → 0.9500, 21.6 % of the base's, at step 250`: what the artefact has."""
+    base, tuned = s["base_loss"], s.get("artefact_loss")
+    if tuned is None or not base:
+        return f"{base:.4f} at the start"
+    return f"{base:.4f} → {tuned:.4f}, {percent(tuned / base)} of the base's, at step {count(s['artefact_step'])}"

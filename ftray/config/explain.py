@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Each problem of a file that should have been a `root`."""
-    return [_explain_one(e, root) for e in error.errors()]
+def explain(error: ValidationError, root: type[BaseModel], most: int | None = None) -> list[str]:
+    """Each problem of a file that should have been a `root`, or the first `most` of them."""
+    return [_explain_one(e, root) for e in error.errors(include_url=False)[:most]]
 
 
 def _explain_one(e: Any, root: type[BaseModel]) -> str:
-    loc = [str(part) for part in e["loc"]]
+    loc = [cut(str(part)) for part in e["loc"]]
     kind, model = e["type"], _model_at(e["loc"], root)
-    place = ".".join(_without_tags(e["loc"], root))
+    place = ".".join(map(cut, _without_tags(e["loc"], root)))
     if kind == "extra_forbidden":
         known = sorted(model.model_fields) if model else []
         if loc[-1] in _QUANTIZATION and model and (own := _tag(model)) in _QUANTIZED_TWINS:
@@ -29,20 +30,32 @@ def _explain_one(e: Any, root: type[BaseModel]) -> str:
         return f"{place}: this key is needed"
     if kind == "union_tag_invalid":
         known = [tag.strip("' ") for tag in e["ctx"]["expected_tags"].split(",")]
-        near = difflib.get_close_matches(str(e["ctx"]["tag"]), known, n=1)
+        tag = cut(str(e["ctx"]["tag"]))
+        near = difflib.get_close_matches(tag, known, n=1)
         tail = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
-        return f"{place}.name: {e['ctx']['tag']!r} is not known; {tail}"
+        return f"{place}.name: {tag!r} is not known; {tail}"
     if kind == "union_tag_not_found":
         return f"{place}: needs a `name` that says which one it is"
     if kind == "value_error":
         return f"{place}: {e['ctx']['error']}" if place else str(e["ctx"]["error"])
     words = re.findall(r"'([^']*)'", e["ctx"]["expected"]) if kind == "literal_error" else []
     if len(words) > 1 and isinstance(e["input"], str):
-        near = difflib.get_close_matches(e["input"], words, n=1)
+        near = difflib.get_close_matches(cut(e["input"]), words, n=1)
         tail = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(words)}"
-        return f"{place}: {e['input']!r} is not known; {tail}"
-    shown = repr(e["input"])
-    return f"{place}: {e['msg'][0].lower()}{e['msg'][1:]} (here: {shown if len(shown) < 80 else shown[:77] + '…'})"
+        return f"{place}: {cut(e['input'])!r} is not known; {tail}"
+    return f"{place}: {e['msg'][0].lower()}{e['msg'][1:]} (here: {cut(_SHOWN.repr(e['input']))})"
+
+
+_SHOWN = reprlib.Repr()
+"""Values as far as a line has room for them: one from the network may be a mebibyte, and nested a thousand deep."""
+_SHOWN.maxlevel = 6
+_SHOWN.maxlist = _SHOWN.maxtuple = _SHOWN.maxset = _SHOWN.maxdict = 40
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 200
+
+
+def cut(text: str) -> str:
+    """As much of it as a line has room for."""
+    return text if len(text) < 80 else text[:77] + "…"
 
 
 _QUANTIZATION = ("quantization", "double_quantization", "quantize", "load_in_4bit", "bits", "nf4")

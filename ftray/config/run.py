@@ -75,7 +75,9 @@ class Workers(Strict):
     max: int | None = Field(None, ge=1)
     """Instead of `count`: workers that it has when the cluster has room; it grows again once nodes are back."""
     gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
-    """GPUs a worker; `auto`: one if the cluster has any, else none."""
+    """GPUs a worker; `auto`: one if the cluster has any at the start, else none. On a cluster, where GPUs may come yet,
+    none is a guess that is refused before any node with work is there, and for a base of a billion parameters: 1 waits
+    for GPUs, 0 means CPUs."""
     cpus: float | None = Field(None, gt=0)
     """CPUs a worker; null: 1, or an even share of this machine when Ray runs locally without GPUs."""
     retries: int = Field(3, ge=-1)

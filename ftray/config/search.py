@@ -41,6 +41,35 @@ METRICS: dict[str, Literal["min", "max"]] = {
 PLANNED = ("memory", "trained")
 """Metrics that are known before a trial starts, and do not change while it runs."""
 
+IN_FLIGHT = (
+    "train.learning_rate",
+    "train.schedule",
+    "train.betas",
+    "train.epsilon",
+    "train.weight_decay",
+    "train.clip_norm",
+    "train.label_smoothing",
+    "method.dropout",
+)
+"""Keys, and sections, that may change while a run goes on from a commit: the weights stay what they were, in shape and
+in what they compute, and so do the rows. Scheduler `pbt` changes these alone."""
+_NOT_IN_FLIGHT = {
+    "this key decides which weights there are, of which shapes": (
+        "method.name",
+        "method.rank",
+        "method.rank_pattern",
+        "method.targets",
+    ),
+    "another value of this key makes another update of the same weights": (
+        "method.alpha",
+        "method.alpha_pattern",
+        "method.rslora",
+    ),
+    "this key decides which rows come when": ("seed", "data", "train.batch_rows"),
+    "this key decides how long a trial is": ("train.steps", "train.epochs"),
+    "lanes of one base have this key in common": ("model", "train.precision", "train.gradient_checkpointing"),
+}
+
 _Pair = tuple[float, float]
 
 
@@ -170,7 +199,8 @@ class Median(Strict):
 
 class PBT(Strict):
     """Population based training (Jaderberg et al. 2017): from time to time the worst trials go on from the best ones'
-    weights, with changed parameters. For trials that are lanes."""
+    weights, with changed parameters. For trials that are lanes, and keys that a commit can go on with: rate, schedule,
+    betas, epsilon, weight decay, clipping, label smoothing, dropout."""
 
     name: Literal["pbt"]
     interval: int | None = Field(None, ge=1)
@@ -241,7 +271,8 @@ class Search(Strict):
     """A name, or a mapping with `name` and its keys."""
     budget: Budget = Budget()
     concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Trials at once; `auto`: as many lanes as fit in memory, or as many runs as there are places for."""
+    """Trials at once; `auto`: as many lanes as fit in memory, but 16 of a worker at most, or as many runs as there are
+    places for."""
     retries: int = Field(1, ge=0)
     """Times that a trial which failed goes on from its last commit before it is set aside."""
     lanes: Literal["auto", "off"] = "auto"
@@ -288,6 +319,13 @@ class Search(Strict):
                 yield f"space.{key}: this key says where and how a trial runs, not what it comes to"
             if self.scheduler.name == "pbt" and parameter.when:
                 yield f"space.{key}: scheduler pbt changes parameters in flight and knows no `when`"
+            if self.scheduler.name == "pbt" and not _below(key, IN_FLIGHT):
+                yield (
+                    f"space.{key}: with scheduler pbt trials go on from each other's commits, and"
+                    f" {_not_in_flight(key)}; pbt can change {', '.join(IN_FLIGHT)}"
+                )
+        if self.scheduler.name == "pbt" and self.lanes == "off":
+            yield "scheduler pbt: only lanes can go on from each other's commits; leave out lanes: off"
         yield from self._circles()
 
     def _circles(self) -> Iterator[str]:
@@ -441,6 +479,19 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(item, path)
         else:
             yield path, item
+
+
+def _below(key: str, sections: Iterable[str]) -> bool:
+    """A dotted key is one of these, or stands in one of them."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _not_in_flight(key: str) -> str:
+    """Why a run cannot go on from a commit with another value of this key."""
+    return next(
+        (reason for reason, keys in _NOT_IN_FLIGHT.items() if _below(key, keys)),
+        "a run cannot go on from a commit with another value of this key",
+    )
 
 
 _BY_NAME = ("method", "schedule", "format", "objective")

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from ftray.config.strict import Strict, by_name
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "lion", "adafactor", "mezo"]
+COMMIT_SECONDS = 600.0
+"""Longest training without a commit, where nobody says how often."""
 BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 OWNERS: dict[str, tuple[str, ...]] = {
     "betas": ("adamw", *BITSANDBYTES, "lion"),
@@ -104,13 +106,15 @@ class Train(Strict):
     evaluate_rows: int | None = Field(None, ge=1)
     """Held-out rows used at most; null: all."""
     commit_every: int | None = Field(None, ge=1)
-    """Steps between commits; null: at each evaluation and at the end."""
+    """Steps between commits; null: at each evaluation, and after ten minutes without a commit. The last step is
+    committed whatever this says."""
     keep_last: int = Field(2, ge=1)
     """Newest commits that are kept."""
     keep_best: bool = True
     """Keep the commit with the lowest held-out loss, and make the artefact of it; false: of the last."""
     early_stopping: EarlyStopping | None = None
-    """End when held-out loss no longer falls; null: never."""
+    """End when held-out loss no longer falls; null: never. A run that ended so goes on when it is given more patience,
+    or null."""
     max_skipped: int = Field(5, ge=0)
     """Steps in a row with a loss or gradient that is not finite before the run stops. Such a step changes nothing."""
 

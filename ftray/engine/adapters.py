@@ -1,11 +1,12 @@
 """Adapters on the move: read into the host's memory off the decoding thread, and from there onto the device.
 
-Two bounded tiers, each least recently used first out, and neither gives up what a request uses. All methods belong to
-the engine's thread; reading alone runs elsewhere.
+Two bounded tiers, each least recently used first out, and neither gives up what a request uses. Tenants take turns in
+what is read. All methods belong to the engine's thread; reading alone runs elsewhere.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -23,9 +24,9 @@ FORGIVEN_AFTER = 5.0
 """Seconds for which an adapter that could not be read is not tried again."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
-    """An adapter that is being read, is in memory, or could not be read. Identity matters, not value."""
+    """An adapter that is to be read, is in memory, or could not be read. Identity matters, not value."""
 
     ref: Ref
     adapter: Adapter | None = None
@@ -34,7 +35,11 @@ class Held:
     """Requests that wait for it or run on it."""
     running: int = 0
     """Of these, those that need it on the device."""
+    begun: bool = False
+    """Its reading has begun."""
     on_device: bool = False
+    since: int = 0
+    """Those that came onto the device earlier have smaller numbers."""
     used: float = 0.0
     """Last wanted or left, and"""
     failed: float = 0.0
@@ -44,6 +49,32 @@ class Held:
     @property
     def settled(self) -> bool:
         return self.adapter is not None or self.error is not None
+
+
+class Unread:
+    """Adapters that wait to be read: those of a tenant in the order in which he asked, tenants in turn. One that
+    several wait for stands in the queue of each."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[Held, None]] = {}
+        """By tenant, the one whose turn it is first; none without an adapter."""
+
+    def push(self, tenant: str, held: Held) -> None:
+        self._of.setdefault(tenant, {})[held] = None
+
+    def pop(self) -> Held | None:
+        if not self._of:
+            return None
+        tenant = next(iter(self._of))
+        queue = self._of[tenant] = self._of.pop(tenant)  # his next turn comes after all others'
+        held = next(iter(queue))
+        self.remove(held)
+        return held
+
+    def remove(self, held: Held) -> None:
+        for queue in self._of.values():
+            queue.pop(held, None)
+        self._of = {tenant: queue for tenant, queue in self._of.items() if queue}
 
 
 class Adapters:
@@ -63,6 +94,14 @@ class Adapters:
         self._held: dict[str, Held] = {}
         self._broken: dict[str, Held] = {}
         """Those of them that could not be read."""
+        self._leaving: Held | None = None
+        """One that gets no more requests until its place is free, because a request before them lacks a place."""
+        self._numbers = itertools.count()
+        self._count, self._readers = threads, 0
+        """Threads that may read, and those that do."""
+        self._unread = Unread()
+        self._lock = threading.Lock()
+        """Of `_readers`, `_unread` and what has begun."""
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter", initializer=use_one)
         self._ended: deque[tuple[Held, Adapter | FtrayError]] = deque()
         self._closing = threading.Event()
@@ -70,33 +109,48 @@ class Adapters:
         """Bytes in the host's memory."""
         self.loads = self.failures = self.evictions = 0
 
-    def want(self, ref: Ref) -> Held:
-        """One more request is for this adapter. Reading begins if nobody wanted it before."""
+    def want(self, ref: Ref, tenant: str) -> Held:
+        """One more request, of `tenant`, is for this adapter. It is read unless it was before, when it is its turn."""
         self._forgive()
         held = self._held.get(ref.digest)
         if held is None:
             held = self._held[ref.digest] = Held(ref)
-            self._threads.submit(self._read, held)
         held.users += 1
         held.used = time.monotonic()
+        with self._lock:
+            if not held.begun:
+                self._unread.push(tenant, held)
+                if self._readers < self._count:
+                    self._readers += 1
+                    self._threads.submit(self._read_all)
         return held
 
     def leave(self, held: Held) -> None:
-        """A request that wanted it has ended, or no longer waits."""
+        """A request that wanted it has ended, or no longer waits. What nobody waits for any more is not read."""
         held.users -= 1
         held.used = time.monotonic()
+        with self._lock:
+            unwanted = not held.users and not held.begun
+            if unwanted:
+                self._unread.remove(held)
+        if unwanted:
+            del self._held[held.ref.digest]
         self._shrink()
 
     def start(self, held: Held) -> bool:
         """Bring an adapter that was read onto the device for one more running request. False: there is no room now, or
-        it failed, which `error` tells."""
-        if held.adapter is None:
+        it failed, which `error` tells.
+
+        Requests are tried in the order in which they should run. The first one for which there is no room makes the
+        adapter that is there for longest leave: it gets no more requests, so that its place becomes free."""
+        if held.adapter is None or held is self._leaving:
             return False
         if not held.on_device:
             resident = [h for h in self._held.values() if h.on_device]
             if len(resident) >= self._most:
                 idle = [h for h in resident if not h.running]
                 if not idle:
+                    self._leaving = self._leaving or min(resident, key=lambda h: h.since)
                     return False
                 self._off(min(idle, key=lambda h: h.used))
             try:
@@ -106,7 +160,7 @@ class Adapters:
                 self._break(held, _unusable(held, "cannot be put onto the device", error))
                 self._wake()
                 return False
-            held.on_device = True
+            held.on_device, held.since = True, next(self._numbers)
         held.running += 1
         return True
 
@@ -115,7 +169,8 @@ class Adapters:
         held.running -= 1
 
     def collect(self) -> None:
-        """Take in what has been read since."""
+        """Take in what has been read since. Who lacks a place from now on says so anew."""
+        self._leaving = None
         while self._ended:
             held, result = self._ended.popleft()
             if isinstance(result, Adapter):
@@ -138,10 +193,24 @@ class Adapters:
 
     def close(self) -> None:
         self._closing.set()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)
         for held in self._held.values():
             if held.on_device:
                 self._off(held)
+
+    def _read_all(self) -> None:
+        """Read one after the other until none is left."""
+        while held := self._next():
+            self._read(held)
+
+    def _next(self) -> Held | None:
+        with self._lock:
+            held = None if self._closing.is_set() else self._unread.pop()
+            if held is None:
+                self._readers -= 1
+            else:
+                held.begun = True
+            return held
 
     def _read(self, held: Held) -> None:
         result: Adapter | FtrayError
@@ -185,6 +254,8 @@ class Adapters:
     def _off(self, held: Held) -> None:
         self._pooled.drop(held.ref.digest)
         held.on_device = False
+        if held is self._leaving:
+            self._leaving = None
 
 
 def _unusable(held: Held, what: str, error: Exception) -> ArtefactError:

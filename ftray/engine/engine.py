@@ -22,6 +22,7 @@ from ftray.engine import slots
 from ftray.engine.adapters import Adapters
 from ftray.engine.choice import Choice
 from ftray.engine.grammar import Grammars
+from ftray.engine.memory import Need
 from ftray.engine.options import EngineOptions
 from ftray.engine.probe import try_slots
 from ftray.engine.request import Chunk, Event, Finished, Request
@@ -31,6 +32,7 @@ from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable
 from ftray.engine.slots import Piece, Slots
 from ftray.engine.text import Detokenizer, TextStream
 from ftray.errors import FtrayError, ModelError, QueueFull, RequestError, RunError
+from ftray.model.free import free_on
 from ftray.model.pooled import Route
 from ftray.model.served import Adapter, Base
 from ftray.registry.ref import Ref
@@ -45,11 +47,19 @@ def load_base(
     quantized: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    double_quantization: bool = True,
 ) -> Base:
     """A base for an engine. Raises ModelError, also for a family whose attention slots cannot do."""
     slots.register()
     try:
-        base = Base(source, attention=slots.IMPLEMENTATION, quantized=quantized, dtype=dtype, device=device)
+        base = Base(
+            source,
+            attention=slots.IMPLEMENTATION,
+            quantized=quantized,
+            dtype=dtype,
+            device=device,
+            double_quantization=double_quantization,
+        )
     except KeyError as error:
         if error.args != (slots.IMPLEMENTATION,):
             raise
@@ -86,7 +96,7 @@ class Engine:
 
     `load` gives the adapter of a Ref, checked, in the host's memory (`Base.read`); it runs in threads of its own, and
     its FtrayError reaches those who wait for that adapter. A base has one engine at a time. Raises ModelError for a
-    context longer than the base's.
+    context longer than the base's, and for slots for which there is no memory.
     """
 
     def __init__(self, base: Base, load: Callable[[Ref], Adapter], options: EngineOptions | None = None) -> None:
@@ -99,10 +109,10 @@ class Engine:
                 where="engine.context",
                 hint=f"at most {positions:,}; null takes what the base has, up to 4,096",
             )
-        self.context = options.context or min(4096, positions)
+        self.context = options.places(positions)
         self.step_tokens = options.step_tokens or (2 * options.slots if cpu else options.slots + 512)
-        self.prompt_tokens = options.prompt_tokens or (256 if cpu else 4096)
-        self.slots = Slots(base.model, options.slots, self.context)
+        self.prompt_tokens = options.reads(gpu=not cpu)
+        self.slots = self._make_slots()
         self.adapters = Adapters(
             base.pooled,
             load,
@@ -136,6 +146,23 @@ class Engine:
         self._woken = False
         """There may be something to do. Under the lock, as are the four above."""
 
+    def _make_slots(self) -> Slots:
+        model, count = self.base.model, self.options.slots
+        layers, heads, width = slots.shape_of(self.base.config)
+        need = Need(
+            slots=count,
+            context=self.context,
+            prompt_tokens=self.prompt_tokens,
+            heads=self.base.config.num_attention_heads,
+            token=2 * layers * heads * width * model.dtype.itemsize,
+            each=model.dtype.itemsize,
+        )
+        need.refuse(free_on(model.device), str(model.device))
+        try:
+            return Slots(model, count, self.context)
+        except RuntimeError as error:  # torch's, of a GPU or a CPU without so much
+            raise need.too_much(str(error).split("\n")[0]) from error
+
     # ---------------------------------------------------------------------------------------------------- any thread
 
     def add(self, request: Request) -> None:
@@ -146,6 +173,8 @@ class Engine:
             raise RequestError(f"the prompt has tokens outside of the vocabulary of {self._vocabulary:,}")
         if len(request.prompt) >= self.context:
             raise self._too_long(request, 0)
+        with self._lock:
+            self._refuse_full(request)  # before a grammar is compiled, which may take half a second
         if request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
         wanted = request.sampling.grammar
@@ -153,13 +182,7 @@ class Engine:
         choice = Choice(request.sampling, request.prompt, self._vocabulary, self._ends, matcher)
         sequence = Sequence(request, choice, TextStream(self._detokenizer, request.sampling.stop))
         with self._lock:
-            if request.id in self._open:
-                raise RequestError(f"a request with the id {request.id!r} is in flight", hint="choose another id")
-            if len(self._open) >= self.options.slots + self.options.queue:
-                raise QueueFull(f"{len(self._open):,} requests are in flight", hint="try again later")
-            if self._of_tenant[request.tenant] >= self.options.slots + self.options.tenant_queue:
-                count = self._of_tenant[request.tenant]
-                raise QueueFull(f"{count:,} requests of yours are in flight", hint="try again when some have ended")
+            self._refuse_full(request)
             self._open[request.id] = request.tenant
             self._of_tenant[request.tenant] += 1
             self._inbox.append(sequence)
@@ -189,6 +212,15 @@ class Engine:
         """Leave the base to another engine. Requests in flight get no more events."""
         self.adapters.close()
 
+    def _refuse_full(self, request: Request) -> None:
+        """Under the lock."""
+        if request.id in self._open:
+            raise RequestError(f"a request with the id {request.id!r} is in flight", hint="choose another id")
+        if len(self._open) >= self.options.slots + self.options.queue:
+            raise QueueFull(f"{len(self._open):,} requests are in flight", hint="try again later")
+        if (count := self._of_tenant[request.tenant]) >= self.options.slots + self.options.tenant_queue:
+            raise QueueFull(f"{count:,} requests of yours are in flight", hint="try again when some have ended")
+
     def _grammars(self) -> Grammars:
         """Made when they are first asked for: a tokenizer's takes a fifth of a second."""
         with self._grammars_lock:
@@ -212,7 +244,7 @@ class Engine:
         for sequence in arrived:
             self._by_id[sequence.id] = sequence
             if sequence.request.adapter:
-                sequence.held = self.adapters.want(sequence.request.adapter)
+                sequence.held = self.adapters.want(sequence.request.adapter, sequence.tenant)
             self._queue.push(sequence.tenant, sequence)
         self.adapters.collect()
         events: list[Event] = []

@@ -24,11 +24,21 @@ class EngineOptions(Strict):
     tenant_slots: int | None = Field(None, ge=1)
     """Slots that one tenant may hold while others wait. null: all."""
     adapters: int | None = Field(None, ge=1)
-    """Adapters on the device; at least as many as one step can need are held, however large. null: as many as slots."""
+    """Adapters on the device, of any size. With fewer than slots, a request that is next and finds all of them in use
+    makes the one that is there for longest leave: it gets no more requests until its place is free. null: as many as
+    slots."""
     adapter_memory: int = Field(4 << 30, ge=0)
     """Bytes of adapters that are kept in the host's memory while no request uses them."""
-    load_threads: int = Field(1, ge=1, le=16)
-    """Adapters that are read at once."""
+    load_threads: int = Field(2, ge=1, le=16)
+    """Adapters that are read at once. Tenants take turns, so that none waits for all that another has asked for."""
     reuse_prefixes: bool = True
     """Keys and values of an earlier prompt serve a later one that begins with the same tokens, for the same tenant and
     the same adapter."""
+
+    def places(self, positions: int | None) -> int:
+        """`context` on a base of so many positions; None: it does not say."""
+        return self.context or min(4096, positions or 4096)
+
+    def reads(self, gpu: bool) -> int:
+        """`prompt_tokens` on such a device."""
+        return self.prompt_tokens or (4096 if gpu else 256)

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftray.engine.memory import PAGE
 from ftray.errors import ModelError
 
 IMPLEMENTATION = "ftray_slots"
-PAGE = 64
 SPARSE = 3
 """Decoding slots are copied together when all slots are more than this many times as many: a copy reads and writes what
 the product would read."""
@@ -69,12 +69,10 @@ class Slots:
 
     def __init__(self, model: Any, count: int, places: int) -> None:
         config = model.config.get_text_config()
-        layers = config.num_hidden_layers
+        layers, heads, width = shape_of(config)
         found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
         if len(found) != layers:
             raise no_interface(f"family {config.model_type!r}")
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (-(-places // PAGE), count, heads, PAGE, width)
         self.count, self.device = count, model.device
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)]
@@ -141,6 +139,13 @@ class Slots:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def shape_of(config: Any) -> tuple[int, int, int]:
+    """(layers, key heads, D) of a base's text config."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, width
 
 
 def slot_attention(

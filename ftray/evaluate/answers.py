@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Prompt:
     adapter: str | None
     """Key in the adapters; None: the base alone."""
     tokens: tuple[int, ...]
+    number: int = 0
+    """Of the question. Draws come from it and the decoding's seed, not from what is asked beside it."""
     stop: tuple[str, ...] = ()
     decoding: Decoding | None = None
     """Its own; None: that of all."""
@@ -109,6 +112,11 @@ def answered(engine: Engine, requests: Iterator[Request]) -> Iterator[tuple[Fini
                 yield event, "".join(pieces.pop(event.id, []))
 
 
+def seed_of(seed: int, number: int) -> int:
+    """Of the draws of one answer: the same in whatever batch it is written."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest(), "little") >> 1
+
+
 def _token_bytes(base: Base) -> int:
     """Of one token's keys and values in all layers."""
     config = base.config
@@ -126,7 +134,7 @@ def _requests(prompts: Iterable[Prompt], decoding: Decoding, answers: list[Answe
             temperature=own.temperature,
             top_p=own.top_p,
             top_k=own.top_k,
-            seed=own.seed + number,
+            seed=seed_of(own.seed, prompt.number),
             stop=(*own.stop, *prompt.stop),
         )
         adapter = None if prompt.adapter is None else Ref("evaluate", "evaluate", prompt.adapter)

@@ -133,7 +133,7 @@ class _Asking:
         for outcome in self.group:
             system = outcome.system
             places = self.positions - self.virtual[system.key]
-            for question in self.task.questions:
+            for number, question in enumerate(self.task.questions):
                 shown, tokens = self._fitting(question.asked, system, decoding.max_tokens)
                 if len(tokens) + decoding.max_tokens > places:
                     raise UserError(
@@ -144,7 +144,7 @@ class _Asking:
                     )
                 stop = (BETWEEN,) if shown and question.asked.messages is None else ()
                 outcome.shown.append(len(shown))
-                prompts.append(Prompt(system.key, tokens, stop))
+                prompts.append(Prompt(system.key, tokens, number, stop))
                 longest = max(longest, len(tokens) + self.virtual[system.key])
         answers = self.worker.answers(prompts, decoding, longest, self._progress("answers", len(prompts), "answers"))
         each = len(self.task.questions)

@@ -13,9 +13,9 @@ from ftray.config import Decoding
 from ftray.errors import FtrayError, RunError
 from ftray.evaluate.answer import Answer
 from ftray.evaluate.answers import Prompt
-from ftray.evaluate.generate import share
 from ftray.evaluate.generator import use_cores
 from ftray.evaluate.losses import LossRow
+from ftray.evaluate.places import OnEvent, first, share
 from ftray.evaluate.systems import BaseKey, System
 from ftray.evaluate.worker import Done, Worker
 from ftray.session import cause_of
@@ -37,6 +37,9 @@ class _Actor:
     def _worker(self) -> Worker:
         return self._make()
 
+    def arrived(self) -> None:
+        """Answered as soon as there is a place for it."""
+
     def about(self) -> tuple[dict[str | None, int], int]:
         return self._worker.virtual_tokens(), self._worker.positions()
 
@@ -48,11 +51,18 @@ class _Actor:
 
 
 class Crew:
-    """Several workers in the place of one, with its methods. A worker that dies is started again and does its share
-    again. Raises UserError as `Worker` does, RunError when a worker was lost too often."""
+    """Several workers in the place of one, with its methods. The first that has a place begins, and the others join it
+    as they get theirs. A worker that dies is started again and does its share again. Raises UserError as `Worker` does,
+    RunError when there is no place for any in time, or a worker was lost too often."""
 
     def __init__(
-        self, key: BaseKey, systems: Sequence[System], *, count: int | None = None, registry: str | None = None
+        self,
+        key: BaseKey,
+        systems: Sequence[System],
+        *,
+        count: int | None = None,
+        registry: str | None = None,
+        on_event: OnEvent = lambda event: None,
     ) -> None:
         """`count`: of workers; None for one a GPU, or a machine."""
         import ray
@@ -60,8 +70,28 @@ class Crew:
         number, resources = share(count)
         actor: Any = ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS, **resources)(_Actor)
         self._actors = [actor.remote(resources["num_cpus"], key, list(systems), registry) for _ in range(number)]
-        with _told():
-            self._virtual, self._positions = ray.get(self._actors[0].about.remote())
+        self._waiting = {actor.arrived.remote(): actor for actor in self._actors}
+        self._here: list[Any] = []
+        try:
+            with _told():
+                one = self._join(first(list(self._waiting), resources, on_event))
+                self._virtual, self._positions = ray.get(one.about.remote())
+        except BaseException:
+            self.close()
+            raise
+        if self._waiting:
+            arrived, missing = ray.wait(list(self._waiting), num_returns=len(self._waiting), timeout=0)
+            text = f"{1 + len(arrived)} of {number} workers are there; the others join as they get a place"
+            if missing:
+                on_event({"kind": "status", "text": text})
+
+    def _join(self, reference: Any) -> Any:
+        """The worker that has arrived."""
+        import ray
+
+        ray.get(reference)
+        self._here.append(actor := self._waiting.pop(reference))
+        return actor
 
     def close(self) -> None:
         """End the workers."""
@@ -105,14 +135,17 @@ class Crew:
 
         size = max(1, min(_AT_ONCE, -(-len(order) // len(self._actors))))
         left = [list(order[start : start + size]) for start in range(0, len(order), size)][::-1]
-        free, count = list(self._actors), 0
+        free, count = list(self._here), 0
         running: dict[Any, tuple[Any, list[int]]] = {}
         with _told():
             while left or running:
                 while left and free:
                     actor, few = free.pop(), left.pop()
                     running[ask(actor, few)] = actor, few
-                [reference], _ = ray.wait(list(running))
+                [reference], _ = ray.wait([*self._waiting, *running])
+                if reference in self._waiting:
+                    free.append(self._join(reference))
+                    continue
                 actor, few = running.pop(reference)
                 yield few, ray.get(reference)
                 free.append(actor)

@@ -22,13 +22,12 @@ from ftray.data.encode import Vocabulary
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import ConfigError, DataError
 from ftray.evaluate.asking import OnEvent, Outcome, Task, ask_base
-from ftray.evaluate.judge import Judged, Pair, judge
 from ftray.evaluate.overlap import Overlap, overlap
 from ftray.evaluate.questions import Asked, Examples, questions_of, read_rows, split_rows
 from ftray.evaluate.scores.metric import Measured, Metric
 from ftray.evaluate.scores.registry import opened
 from ftray.evaluate.statistics import Difference, compare, interval, resamples
-from ftray.evaluate.systems import BaseKey, System, baselines
+from ftray.evaluate.systems import BaseKey, System, baselines, own_names
 from ftray.evaluate.worker import Worker, Workers
 
 _TRAIN_ROWS = 100_000
@@ -43,10 +42,6 @@ class Result:
     outcomes: list[Outcome]
     overlap: Overlap | None
     """None: there are no training rows to compare with."""
-    judged: dict[tuple[str, str], Judged]
-    """(system, other) → what the judge said; empty without one."""
-    prices: tuple[float, float] | None
-    """Of a million tokens that the judge reads, and writes; None: unknown."""
     differences: dict[tuple[str, str], dict[str, Difference | None]]
     """(system, other) → by metric, the system's less the other's."""
     seconds: float
@@ -97,19 +92,10 @@ def _rows_of(run: Run, settings: Evaluation) -> tuple[list[Asked], list[Asked], 
     return train, held_out, missing
 
 
-def evaluate(
-    systems: Sequence[System],
-    task: Task,
-    on_event: OnEvent,
-    judged_by: str | None = None,
-    prices: tuple[float, float] | None = None,
-    workers: Workers = Worker,
-) -> Result:
-    """Evaluate the systems and their baselines. `judged_by`: the endpoint (`https://host/v1#model`) of a judge that
-    compares each system's answers with those of the first in the table, for `prices` of a million tokens
-    read and written. `workers`: who computes. Raises UserError, RunError."""
+def evaluate(systems: Sequence[System], task: Task, on_event: OnEvent, workers: Workers = Worker) -> Result:
+    """Evaluate the systems and their baselines. `workers`: who computes. Raises UserError, RunError."""
     started, settings = time.perf_counter(), task.settings
-    everyone = [*baselines(systems, settings.examples), *systems]
+    everyone = own_names([*baselines(systems, settings.examples), *systems])
     outcomes = {system.name: Outcome(system) for system in everyone}
     references = [question.references for question in task.questions]
     with ExitStack() as stack:
@@ -127,15 +113,12 @@ def evaluate(
                 ask_base(key, group, task, examples, workers, on_event)
         _score(list(outcomes.values()), metrics, task, on_event)
         differences = _differences(list(outcomes.values()), task)
-    verdicts = _judged(judged_by, list(outcomes.values()), task, on_event) if judged_by else {}
     shared = overlap(task.train, task.rows) if task.train else None
     return Result(
         task,
         metrics,
         list(outcomes.values()),
         shared,
-        verdicts,
-        prices,
         differences,
         time.perf_counter() - started,
     )
@@ -185,33 +168,6 @@ def _score(outcomes: Sequence[Outcome], metrics: Sequence[Metric], task: Task, o
             for metric in metrics:
                 outcome.measured[metric.name] = metric.measure(texts)
                 outcome.intervals[metric.name] = interval(outcome.measured[metric.name], weights)
-
-
-def _judged(
-    judged_by: str, outcomes: Sequence[Outcome], task: Task, on_event: OnEvent
-) -> dict[tuple[str, str], Judged]:
-    """Every other system against the first."""
-    from ftray.evaluate.endpoint import Endpoint
-
-    if not task.settings.metrics:
-        raise ConfigError(
-            "there are no answers to judge",
-            where="evaluate.metrics",
-            hint="name a metric (words, say): they are written",
-        )
-    endpoint, first, found = Endpoint.of(judged_by), outcomes[0], {}
-    for outcome in outcomes[1:]:
-        on_event({"kind": "status", "text": f"{endpoint.model} judges {outcome.system.name} and {first.system.name}"})
-        pairs = [
-            Pair(question.asked.prompt, mine.text, other.text, question.references[0])
-            for question, mine, other in zip(task.questions, outcome.answers, first.answers, strict=True)
-        ]
-
-        def told(count: int) -> None:
-            on_event({"kind": "progress", "what": "judged", "done": count, "total": len(task.questions), "unit": ""})
-
-        found[outcome.system.name, first.system.name] = judge(endpoint, pairs, done=told)
-    return found
 
 
 def _as_measured(outcome: Outcome) -> Measured:

@@ -24,11 +24,11 @@ from ftray.errors import ArtefactError, ConfigError, RunError
 from ftray.evaluate.generation import Asking, Generation, Part, plan
 from ftray.evaluate.generator import Generator, part_names, use_cores
 from ftray.evaluate.output import Output
+from ftray.evaluate.places import WAIT_SECONDS, OnEvent, places, share
 from ftray.manifest import filesystem, join, read_text, write_text
 from ftray.storage import make_folder
 
-OnEvent = Callable[[dict[str, Any]], None]
-Workers = Callable[[Generation, Sequence[Part]], Iterable[dict[str, Any]]]
+Workers = Callable[[Generation, Sequence[Part], OnEvent], Iterable[dict[str, Any]]]
 """Does parts, in any order; gives what `Generator.do` returns."""
 
 
@@ -51,7 +51,7 @@ def generate(asking: Asking, on_event: OnEvent, workers: Workers | None = None) 
         on_event({"kind": "warning", "text": f"{generation.rows_by_adapter[name]:,} rows get no answer: {why}"})
     if missing:
         on_event({"kind": "status", "text": _begins(generation)})
-    for result in (workers or on_ray)(generation, missing):
+    for result in (workers or on_ray)(generation, missing, on_event):
         if "error" in result:
             kind, what, where, hint = result["error"]
             raise getattr(errors, kind)(what, where=where, hint=hint)
@@ -71,7 +71,7 @@ def _begins(generation: Generation) -> str:
 # ---------------------------------------------------------------------------------------------------------------- work
 
 
-def here(generation: Generation, parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
+def here(generation: Generation, parts: Sequence[Part], on_event: OnEvent) -> Iterator[dict[str, Any]]:
     """Do the parts in this process, without Ray."""
     generator = Generator(generation)
     try:
@@ -81,9 +81,9 @@ def here(generation: Generation, parts: Sequence[Part]) -> Iterator[dict[str, An
         generator.close()
 
 
-def on_ray(generation: Generation, parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
-    """Do the parts on Ray Data's actors, one base in each. An actor that dies is started again, and does its part
-    again."""
+def on_ray(generation: Generation, parts: Sequence[Part], on_event: OnEvent) -> Iterator[dict[str, Any]]:
+    """Do the parts on Ray Data's actors, one base in each, as many as have a place. An actor that dies is started
+    again, and does its part again."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError
@@ -91,8 +91,10 @@ def on_ray(generation: Generation, parts: Sequence[Part]) -> Iterator[dict[str, 
     if not parts:
         return
     count, resources = share(generation.asking.workers, len(parts))
+    count = places(count, resources, on_event)
     context = DataContext.get_current()
-    bars, context.enable_progress_bars = context.enable_progress_bars, False
+    before = context.enable_progress_bars, context.wait_for_min_actors_s
+    context.enable_progress_bars, context.wait_for_min_actors_s = False, int(WAIT_SECONDS)
     try:
         items = [{"part": json.dumps(asdict(part))} for part in parts]
         answers = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -109,7 +111,7 @@ def on_ray(generation: Generation, parts: Sequence[Part]) -> Iterator[dict[str, 
             f"a worker failed: {' '.join(str(error).split())[-300:]}", hint="the same command goes on"
         ) from error
     finally:
-        context.enable_progress_bars = bars
+        context.enable_progress_bars, context.wait_for_min_actors_s = before
 
 
 class _Actor:
@@ -120,21 +122,6 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         parts = [Part(**json.loads(text)) for text in batch["part"]]
         return {"result": [json.dumps(self._generator.do(part)) for part in parts]}
-
-
-def share(wanted: int | None, parts: int | None = None) -> tuple[int, dict[str, Any]]:
-    """(number of workers, no more than there are parts; what Ray reserves for each): a GPU each, or without GPUs a
-    machine's cores."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    count = wanted or gpus or len(nodes)
-    count = min(count, parts) if parts else count
-    if gpus:
-        return count, {"num_gpus": 1, "num_cpus": 1}
-    on_one = -(-count // len(nodes))
-    return count, {"num_cpus": max(1, int(min(node["CPU"] for node in nodes)) // on_one)}
 
 
 # ------------------------------------------------------------------------------------------------------- what is there

@@ -6,7 +6,6 @@ the prompts and on what was asked for, never on the workers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from ftray.data.readers import read
 from ftray.data.sources import describe_sources, files_of, fragments_of
 from ftray.data.tokenizer import local_model_folder
 from ftray.errors import ConfigError, DataError, UserError
+from ftray.evaluate.answers import seed_of
 from ftray.evaluate.questions import ask_only
 from ftray.evaluate.systems import BaseKey, System, resolved
 from ftray.manifest import digest_of, filesystem, is_local
@@ -111,9 +111,8 @@ class Generation:
         return f"{self.asking.out}.manifest.json"
 
     def seed_of(self, row: int) -> int:
-        """Of the draws of one row's answer: the same in whatever batch it is written."""
-        text = f"{self.asking.decoding.seed}:{row}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+        """Of the draws of one row's answer."""
+        return seed_of(self.asking.decoding.seed, row)
 
 
 def plan(asking: Asking) -> Generation:
@@ -134,7 +133,7 @@ def plan(asking: Asking) -> Generation:
     shaping = {
         "format": FORMAT,
         "prompts": describe_sources([asking.source], [files]),
-        "base": [base.model.model_dump(mode="json"), base.quantized, base.precision],
+        "base": [base.model.model_dump(mode="json"), base.quantized, base.precision, base.double_quantization],
         "adapters": known,
         "asked": [asking.adapter, asking.adapter_column, asking.chat_template, asking.context, asking.part_rows],
         "decoding": decoding,

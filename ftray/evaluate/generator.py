@@ -17,7 +17,7 @@ from ftray.data.readers import read
 from ftray.data.rows import BadRow, Raw, shortened
 from ftray.data.shards import Sink
 from ftray.data.tokenizer import load_tokenizer
-from ftray.engine.engine import Engine, load_base
+from ftray.engine.engine import Engine
 from ftray.engine.request import Request, Sampling
 from ftray.errors import ArtefactError, FtrayError, RunError
 from ftray.evaluate.answers import answered, bulk_options
@@ -28,8 +28,6 @@ from ftray.manifest import join, write_text
 from ftray.model.served import Adapter
 from ftray.registry.ref import Ref
 from ftray.session import usable_cpus
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def part_names(folder: str, number: int) -> tuple[str, str]:
@@ -143,7 +141,7 @@ class Generator:
     def _make_engine(self) -> Engine:
         asking, key = self._generation.asking, self._generation.base
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        base = load_base(key.model, quantized=key.quantized, dtype=_DTYPES[key.precision], device=device)
+        base = key.loaded(device)
         longest = min(4096, getattr(base.config, "max_position_embeddings", None) or 4096)
         options = bulk_options(base, asking.context or longest, slots=asking.slots)
         return Engine(base, self._load, options.model_copy(update={"context": asking.context}))

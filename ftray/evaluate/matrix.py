@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ftray.config import Decoding, Evaluation, Source
+from ftray.config import Decoding, Evaluation, Run, Source
 from ftray.data.encode import Vocabulary
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import ConfigError
@@ -22,8 +22,9 @@ from ftray.evaluate.asking import OnEvent
 from ftray.evaluate.losses import LossRow
 from ftray.evaluate.questions import Asked, Prompter, questions_of, read_rows, split_rows
 from ftray.evaluate.scores.registry import expanded, opened
-from ftray.evaluate.systems import BaseKey, System, baselines
+from ftray.evaluate.systems import BaseKey, System, baselines, own_names
 from ftray.evaluate.worker import Computes, Worker, Workers
+from ftray.redact import redact
 
 GENERAL_ROWS = 200
 """Rows of general text whose loss is taken, at most."""
@@ -40,6 +41,8 @@ class Column:
     decoding: Decoding
     limit: int | None = None
     """Questions that are asked, at most."""
+    of: tuple[str, ...] = ()
+    """The systems whose own task it is."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +70,48 @@ class Matrix:
 
 
 def columns_of(systems: Sequence[System], general: Sequence[Source] = (), limit: int | None = None) -> list[Column]:
-    """The held-out rows of each system's run (of two runs with the same rows once), then the general texts. Raises
+    """The held-out rows of each system's run (of runs that ask the same once), then the general texts. Raises
     ConfigError."""
-    found: dict[str, Column] = {}
-    seen: list[Any] = []
+    found: list[Column] = []
+    tasks: list[tuple[Any, ...]] = []
     for system in systems:
         if system.run is None:
             continue
-        settings = system.run.evaluate or Evaluation()
-        where: Any = settings.rows or system.run.data.held_out or (system.run.data.sources, system.run.seed)
-        if where in seen:
+        if (task := _task(system.run)) in tasks:
+            same = tasks.index(task)
+            found[same] = replace(found[same], of=(*found[same].of, system.name))
             continue
-        seen.append(where)
-        if settings.rows or system.run.data.held_out:
-            rows = read_rows(settings.rows or system.run.data.held_out)
-        else:
-            vocabulary = Vocabulary.of(load_tokenizer(system.run.model, system.run.data.chat_template))
-            _, rows = split_rows(system.run, vocabulary)
+        tasks.append(task)
+        settings = system.run.evaluate or Evaluation()
+        rows = _held_out(system.run, settings)
         if not rows:
             raise ConfigError("this run holds no rows out", where=system.name, hint="set data.held_out_fraction")
         metric = next(iter(expanded(settings.metrics)), None)
-        found[system.name] = Column(system.name, rows, metric, settings.decoding, limit or settings.limit)
-    for source in general:
-        name = source.path.rstrip("/").rsplit("/", 1)[-1]
-        found[name] = Column(name, read_rows([source], GENERAL_ROWS), None, Decoding(), limit)
+        found.append(Column(system.name, rows, metric, settings.decoding, limit or settings.limit, of=(system.name,)))
+    ends = [source.path.rstrip("/").rsplit("/", 1)[-1] for source in general]
+    for source, end in zip(general, ends, strict=True):
+        alone = ends.count(end) == 1 and end not in [column.name for column in found]
+        name = end if alone else redact(source.path)
+        found.append(Column(name, read_rows([source], GENERAL_ROWS), None, Decoding(), limit))
     if not found:
         raise ConfigError("none of these has a run that says what its task is", hint="name runs, or artefacts of runs")
-    return list(found.values())
+    return found
+
+
+def _task(run: Run) -> tuple[Any, ...]:
+    """Equal for runs that hold the same rows out and ask them in the same way."""
+    settings = run.evaluate or Evaluation()
+    asked = expanded(settings.metrics)[:1], settings.decoding, settings.limit
+    if settings.rows or run.data.held_out:
+        return settings.rows or run.data.held_out, asked
+    divided = run.seed, run.data.held_out_fraction, run.model, run.data.chat_template  # by the rows' tokens
+    return run.data.sources, asked, divided
+
+
+def _held_out(run: Run, settings: Evaluation) -> list[Asked]:
+    if settings.rows or run.data.held_out:
+        return read_rows(settings.rows or run.data.held_out)
+    return split_rows(run, Vocabulary.of(load_tokenizer(run.model, run.data.chat_template)))[1]
 
 
 def cross(systems: Sequence[System], columns: Sequence[Column], on_event: OnEvent, workers: Workers = Worker) -> Matrix:
@@ -104,7 +122,8 @@ def cross(systems: Sequence[System], columns: Sequence[Column], on_event: OnEven
         raise ConfigError("an endpoint tells no losses", where=endpoint.name, hint="name runs or adapters")
     if any(column.decoding.beams > 1 for column in columns):
         raise ConfigError("a matrix is answered by the engine, which has no beams", where="evaluate.decoding.beams")
-    everyone = [*baselines(systems, [0]), *systems]
+    bases = baselines(systems, [0])
+    everyone = own_names([*bases, *systems])
     shape = len(everyone), len(columns)
     losses, scores = np.full(shape, np.nan), np.full(shape, np.nan)
     groups: dict[BaseKey, list[int]] = {}
@@ -122,8 +141,8 @@ def cross(systems: Sequence[System], columns: Sequence[Column], on_event: OnEven
             if any(column.metric for column in columns):
                 scores[members] = group.scores(on_event)
             answering += time.perf_counter() - began
-    names = {column.name: i for i, column in enumerate(columns)}
-    tasks = [names.get(system.name) for system in everyone]
+    owned = {name: i for i, column in enumerate(columns) for name in column.of}
+    tasks = [*[None for _ in bases], *(owned.get(system.name) for system in systems)]
     return Matrix(everyone, list(columns), losses, scores, tasks, time.perf_counter() - started, answering)
 
 
@@ -172,7 +191,7 @@ class _Group:
                 tokens = [prompter.tokens(question.asked) for question in asked]
                 for system in (s for s in self.systems if s.chat_template == template):
                     longest = max([longest, *(len(each) + self.virtual[system.key] for each in tokens)])
-                    prompts += [Prompt(system.key, each, decoding=column.decoding) for each in tokens]
+                    prompts += [Prompt(system.key, t, n, decoding=column.decoding) for n, t in enumerate(tokens)]
             most = max(most, column.decoding.max_tokens if column.metric else 0)
 
         def told(count: int) -> None:

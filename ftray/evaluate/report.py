@@ -127,24 +127,29 @@ def some_evaluations(record: RunRecord, comparison: dict[str, Any] | None, most:
 
 
 def compare(record: RunRecord) -> dict[str, Any] | None:
-    """Base against tuned on the held-out rows; None without both. `tuned` is what the artefact holds."""
+    """Base against tuned on the held-out rows; None without both. `tuned` is what the artefact holds, or would if the
+    run ended here."""
     found = evaluations(record)
     base = next((e["loss"] for e in found if e["step"] == 0), record.summary.get("base_loss"))
     after = [e for e in found if e["step"] > 0]
     if base is None or not _finite(base) or not after:
         return None
-    keep_best = _part(record, "train").get("keep_best", True)
-    tuned = min(after, key=lambda e: e["loss"]) if keep_best else after[-1]
+    best, last = min(after, key=lambda e: e["loss"]), after[-1]
+    tuned = best if _part(record, "train").get("keep_best", True) else last
+    if (step := record.summary.get("artefact_step")) is not None:  # not the best where that commit was lost
+        if step not in (measured := {e["step"]: e for e in after}):
+            return None
+        tuned = measured[step]
     return {
         "base": base,
         "tuned": tuned["loss"],
-        "last": after[-1]["loss"],
+        "last": last["loss"],
         "step": tuned["step"],
-        "last_step": after[-1]["step"],
-        "which": "best" if keep_best else "last",
+        "last_step": last["step"],
+        "which": "best" if tuned is best else "last" if tuned is last else "artefact",
         "base_perplexity": _perplexity(base),
         "tuned_perplexity": _perplexity(tuned["loss"]),
-        "last_perplexity": _perplexity(after[-1]["loss"]),
+        "last_perplexity": _perplexity(last["loss"]),
         "target_tokens": tuned.get("target_tokens"),
     }
 

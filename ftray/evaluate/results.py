@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftray import __version__
+from ftray.errors import ArtefactError, UserError
 from ftray.evaluate.diagnosis import in_words
 from ftray.evaluate.evaluation import LOSS, Outcome, Result, perplexity
-from ftray.evaluate.judge import Judged
 from ftray.evaluate.matrix import Matrix, matrix_json
 from ftray.evaluate.record import read_record
 from ftray.evaluate.report import findings_of
 from ftray.evaluate.scores.metric import Metric
-from ftray.evaluate.statistics import interval, resamples
-from ftray.manifest import join, write_text
+from ftray.manifest import join, read_text, write_text
 from ftray.redact import redact, redact_values
 
 FOLDER = "evaluation"
@@ -27,12 +26,26 @@ MATRIX = "matrix.json"
 ANSWERS = "answers.jsonl"
 
 
-def write_result(folder: str, result: Result) -> str:
-    """Write both files into a run's folder (a path or fsspec URI); returns where."""
+def write_result(folder: str, found: dict[str, Any], rows: Sequence[dict[str, Any]] | None = None) -> str:
+    """Write what `to_json` and `answer_rows` give into a run's folder (a path or fsspec URI); returns where. `rows`
+    None: they are there already."""
     place = join(folder, FOLDER)
-    write_text(join(place, ANSWERS), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answer_rows(result)))
-    write_text(join(place, RESULT), json.dumps(to_json(result), indent=1, ensure_ascii=False) + "\n")
+    if rows is not None:
+        write_text(join(place, ANSWERS), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(join(place, RESULT), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return place
+
+
+def read_result(folder: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `write_result` wrote. Raises UserError where there is none, ArtefactError where it is damaged."""
+    place = join(folder, FOLDER)
+    try:
+        rows = [json.loads(line) for line in read_text(join(place, ANSWERS)).split("\n")[:-1]]
+        return json.loads(read_text(join(place, RESULT))), rows
+    except FileNotFoundError:
+        raise UserError("no evaluation is kept here", where=place, hint="the same command without --kept") from None
+    except ValueError as error:
+        raise ArtefactError(f"the kept evaluation is damaged: {error}", where=place) from None
 
 
 def write_matrix(folder: str, matrix: Matrix) -> str:
@@ -43,7 +56,7 @@ def write_matrix(folder: str, matrix: Matrix) -> str:
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """All but the answers, as plain values."""
+    """All but the answers, as plain values; not judged yet."""
     task = result.task
     return {
         "format": 1,
@@ -54,13 +67,14 @@ def to_json(result: Result) -> dict[str, Any]:
         "questions": len(task.questions),
         "references": sum(len(question.references) for question in task.questions),
         "loss_rows": len(task.rows),
+        "seed": task.seed,
         "metrics": [_metric(metric) for metric in result.metrics],
         "systems": [_system(outcome) for outcome in result.outcomes],
         "differences": [
             {"system": one, "than": other, "metrics": {name: _difference(value) for name, value in by_metric.items()}}
             for (one, other), by_metric in result.differences.items()
         ],
-        "judged": [_judged(pair, found, result) for pair, found in result.judged.items()],
+        "judged": [],
         "overlap": _overlap(result),
         "diagnosis": {
             outcome.system.name: in_words(findings_of(read_record(outcome.system.run_folder)))
@@ -69,39 +83,6 @@ def to_json(result: Result) -> dict[str, Any]:
         },
         "seconds": round(result.seconds, 2),
     }
-
-
-def _judged(pair: tuple[str, str], found: Judged, result: Result) -> dict[str, Any]:
-    settings = result.task.settings
-    around = interval(found.measured, resamples(len(found.verdicts), settings.samples, result.task.seed))
-    counts = found.counts()
-    return {
-        "system": pair[0],
-        "than": pair[1],
-        "wins": _rounded(found.wins),
-        "low": _rounded(around.low) if around else None,
-        "high": _rounded(around.high) if around else None,
-        "better": counts["first"],
-        "tie": counts["tie"],
-        "worse": counts["second"],
-        "swayed": found.swayed,
-        "unclear": found.unclear,
-        "prompt_tokens": found.prompt_tokens,
-        "answer_tokens": found.answer_tokens,
-        "cost": round(found.cost(*result.prices), 6) if result.prices else None,
-    }
-
-
-def judged_text(judged: dict[str, Any]) -> str:
-    """`tuned against base: better 40, tie 5, worse 3; wins 0.885 [0.80, 0.95]; …`"""
-    text = f"{judged['system']} against {judged['than']}, judged: better {judged['better']}, tie {judged['tie']}, worse"
-    text += f" {judged['worse']}; wins {judged['wins']:.3f} [{judged['low']:.3f}, {judged['high']:.3f}]"
-    if judged["swayed"]:
-        text += f"; {judged['swayed']} of the ties went with the place"
-    if judged["unclear"]:
-        text += f"; {judged['unclear']} judgements without a verdict"
-    text += f"; the judge read {judged['prompt_tokens']:,} tokens and wrote {judged['answer_tokens']:,}"
-    return f"{text}, which cost {judged['cost']:,.4f}" if judged.get("cost") is not None else text
 
 
 def _overlap(result: Result) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _decoding(found: dict[str, Any]) -> str:
 
 def _notes(found: dict[str, Any]) -> list[str]:
     """What has to be known beside the table."""
-    from ftray.evaluate.results import judged_text
+    from ftray.evaluate.judging import judged_text
 
     notes = [judged_text(judged) for judged in found.get("judged") or []]
     notes += list((found.get("overlap") or {}).get("lines") or [])

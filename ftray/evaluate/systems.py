@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ftray.config import Model, Run, load_run, parse_run, recipe_names
+from pydantic import TypeAdapter
+
+from ftray.config import Method, Model, Run, load_run, parse_run, recipe_names
 from ftray.data.remote import cache_folder, local_copy
+from ftray.engine.engine import load_base
 from ftray.errors import ArtefactError, ConfigError, UserError
 from ftray.manifest import digest_of, filesystem
+from ftray.model.load import DTYPES
 from ftray.model.served import Adapter, Base
 from ftray.registry.facts import CONFIG, FACTS
 from ftray.registry.ref import parse_name
@@ -21,6 +25,7 @@ from ftray.train.export import Exported
 
 CACHE_BYTES = 64 << 30
 """Of adapters fetched from registries."""
+_METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,31 @@ class BaseKey:
     model: Model
     quantized: bool
     precision: Literal["bf16", "fp32"]
+    double_quantization: bool = True
+    """Of a quantized one."""
+
+    @classmethod
+    def under(cls, method: Method, model: Model, precision: Literal["bf16", "fp32"]) -> BaseKey:
+        """The base as adapters of this method were trained on it."""
+        double = method.double_quantization if method.quantized else True  # type: ignore[union-attr]
+        return cls(model, method.quantized, precision, double)
+
+    @property
+    def held_in(self) -> str:
+        """As tables call it."""
+        if not self.quantized:
+            return self.precision
+        return "nf4" if self.double_quantization else "nf4, scales whole"
+
+    def loaded(self, device: str) -> Base:
+        """For an engine, on `device`. Raises ModelError."""
+        return load_base(
+            self.model,
+            quantized=self.quantized,
+            dtype=DTYPES[self.precision],
+            device=device,
+            double_quantization=self.double_quantization,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,11 +94,11 @@ def resolved(names: Sequence[str], registry: str | None = None) -> Iterator[list
     """The systems of these names, until the end of the block (adapters of a registry are held in the local cache so
     long). Raises UserError for a name that leads nowhere."""
     with ExitStack() as stack:
-        yield _own_names([_resolve(name, registry, stack) for name in names])
+        yield own_names([_resolve(name, registry, stack) for name in names])
 
 
-def _own_names(systems: list[System]) -> list[System]:
-    """Two systems of one name get the end of their paths as theirs."""
+def own_names(systems: Sequence[System]) -> list[System]:
+    """The second of one name, and those after it, get a number as well."""
     seen: dict[str, int] = {}
     found = []
     for system in systems:
@@ -127,7 +157,8 @@ def _of_facts(
         base = BaseKey(Model(path=str(folder)), False, precision)
         return System(shown, "model", name, base, run=run, run_folder=run_folder, step=facts.get("step"))
     model = run.model if run else Model(path=facts["base"]["path"], revision=facts["base"]["revision"])
-    base = BaseKey(model, facts["method"]["name"].startswith("q"), precision)
+    method = run.method if run else _METHOD.validate_python(facts["method"])
+    base = BaseKey.under(method, model, precision)
     key = digest_of(facts["files"])
     return System(
         shown,
@@ -176,7 +207,7 @@ def _of_registry(name: str, registry: str | None, stack: ExitStack) -> System:
     fitting = facts_of_base(model)
     cache = Cache(cache_folder() / "adapters" / digest_of([fitting.digest, ""])[:16], CACHE_BYTES, store, fitting)
     folder = stack.enter_context(cache.get(ref))
-    base = BaseKey(model, facts.method.name.startswith("q"), run.train.precision if run else "bf16")
+    base = BaseKey.under(facts.method, model, run.train.precision if run else "bf16")
     template = run.data.chat_template if run else None
     shown = f"{tenant}/{short}"
     return System(
@@ -213,7 +244,7 @@ def baselines(systems: Sequence[System], counts: Sequence[int]) -> list[System]:
     firsts = dict(reversed(keys))
     found = []
     for key in dict.fromkeys(key for key, _ in keys):
-        differs = f" {'nf4' if key.quantized else key.precision}" if len(firsts) > 1 else ""
+        differs = f" {key.held_in}" if len(firsts) > 1 else ""
         run = firsts[key]
         template = run.data.chat_template if run else None
         for count in counts:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from ftray.config import Decoding
-from ftray.engine.engine import load_base
 from ftray.errors import ArtefactError
 from ftray.evaluate.answer import Answer
 from ftray.evaluate.answers import Prompt, answers_of
 from ftray.evaluate.losses import LossRow, row_losses
 from ftray.evaluate.systems import BaseKey, System, read_adapters, resolved
-from ftray.model.load import DTYPES
+
+if TYPE_CHECKING:
+    from ftray.evaluate.beams import Searcher
 
 Done = Callable[[int], None]
 """Told how many rows or prompts there are results for."""
@@ -49,7 +51,7 @@ class Worker:
     def __init__(self, key: BaseKey, systems: Sequence[System], registry: str | None = None) -> None:
         self._key = key
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.base = load_base(key.model, quantized=key.quantized, dtype=DTYPES[key.precision], device=device)
+        self.base = key.loaded(device)
         self._stack = ExitStack()
         own = [_here(system, registry, self._stack) for system in systems]
         self._folders = {system.key: system.folder for system in own if system.key and system.folder}
@@ -77,20 +79,14 @@ class Worker:
         """As `answers_of`; beams go through transformers."""
         if decoding.beams == 1:
             return answers_of(self.base, self._adapters, prompts, decoding, longest=longest, done=done)
-        from ftray.evaluate.beams import searched
+        return self._searcher.answers(prompts, decoding, done)
 
-        return searched(
-            self._key.model,
-            self._folders,
-            prompts,
-            decoding,
-            quantized=self._key.quantized,
-            dtype=DTYPES[self._key.precision],
-            device=self.base.model.device,
-            pad_id=self.base.tokenizer.pad_token_id,
-            end_id=self.base.tokenizer.eos_token_id,
-            done=done,
-        )
+    @cached_property
+    def _searcher(self) -> Searcher:
+        """Kept: prompts come a few hundred at a time where there are several workers."""
+        from ftray.evaluate.beams import Searcher
+
+        return Searcher(self._key, self._folders, self.base.model.device)
 
 
 def _here(system: System, registry: str | None, stack: ExitStack) -> System:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +18,11 @@ NAME, FOLDERS, COMMAND = "job_name", "ftray.runs", "ftray.command"
 """Keys of a job's metadata: its name, [[run's name, folder], …] as JSON, and the command as the user gave it."""
 
 FRESH_SECONDS = 120.0
-"""A run without a job whose metrics are younger than this is taken to be running."""
+"""A search without a job that wrote something later than this ago is taken to be running."""
+LEASE = "running.json"
+"""In the folder of a run that is at work, as `ftray.train.lease` names it, which stands on a higher floor."""
+Held = Callable[[str], bool]
+"""Whether the lease in a run's folder is that of a living process."""
 _TAIL_BYTES = 256 << 10
 STATES = ("waiting", "running", "finished", "stopped", "failed", "interrupted")
 
@@ -42,6 +46,8 @@ class RunState:
     changed: float | None = None
     """When it last moved, seconds since 1970."""
     exit_code: int | None = None
+    unread: str | None = None
+    """Why its folder cannot be read from here; what only the folder knows is then not known."""
 
     def to_json(self, now: float | None = None) -> dict[str, Any]:
         age = None if self.changed is None else max(0.0, (now or time.time()) - self.changed)
@@ -64,23 +70,33 @@ def folders_in(place: str) -> list[str]:
     return [f for f in below if any(fs.exists(f"{filesystem(f)[1]}/{file}") for file in ("run.yaml", "search.yaml"))]
 
 
-def look(folder: str, now: float | None = None) -> RunState | None:
-    """What a run's or search's folder says; None where it holds neither."""
+def look(folder: str, held: Held, now: float | None = None) -> RunState | None:
+    """What a run's or search's folder says; None where it holds neither. Whether a run is at work its lease tells: on
+    an object store its metrics move only with its commits."""
     now = time.time() if now is None else now
     fs, root = filesystem(folder)
     if fs.exists(f"{root}/search.yaml"):
-        return _search(folder, now)
+        return _search(folder, held, now)
     if not fs.exists(f"{root}/run.yaml"):
         return None
     run = _yaml(join(folder, "run.yaml"))
     events, changed = _events(join(folder, "metrics.jsonl"))
-    return from_events(run, folder, events, changed, now)
+    return from_events(run, folder, events, changed, held(folder))
+
+
+def unread(folder: str, why: str) -> RunState:
+    """Of a folder that cannot be read from here."""
+    return RunState(_last_part(folder), "?", folder=folder, unread=why)
+
+
+def _last_part(folder: str) -> str:
+    return folder.rstrip("/").rsplit("/", 1)[-1]
 
 
 def from_events(
-    run: dict[str, Any], folder: str, events: Sequence[dict[str, Any]], changed: float | None, now: float
+    run: dict[str, Any], folder: str, events: Sequence[dict[str, Any]], changed: float | None, held: bool
 ) -> RunState:
-    """Of a run's resolved file and the last lines of its metrics, oldest first."""
+    """Of a run's resolved file, the last lines of its metrics, oldest first, and whether somebody is at work there."""
     train = run.get("train") or {}
     of, step, loss, held_out, end = train.get("steps"), None, None, None, None
     for event in events:
@@ -93,12 +109,14 @@ def from_events(
             held_out = event.get("loss")
         elif kind == "end":
             end = event.get("reason")
-    if end is not None:
+    if held:
+        state = "running"
+    elif end is not None:
         state = "stopped" if end == "stopped" else "finished"
     else:
-        state = "running" if changed is not None and now - changed < FRESH_SECONDS else "interrupted"
+        state = "interrupted"
     return RunState(
-        str(run.get("name") or folder.rstrip("/").rsplit("/", 1)[-1]),
+        str(run.get("name") or _last_part(folder)),
         state,
         command="train",
         step=step,
@@ -110,20 +128,23 @@ def from_events(
     )
 
 
-def _search(folder: str, now: float) -> RunState:
-    """Trials stand for steps."""
+def _search(folder: str, held: Held, now: float) -> RunState:
+    """Trials stand for steps. It is at work while one of them is, and where it wrote something a moment ago."""
     spec = _yaml(join(folder, "search.yaml"))
     fs, root = filesystem(folder)
     trials = list(fs.glob(f"{root}/trials/*/summary.json"))
     outcome = f"{root}/outcome.json"
-    changed = max([_modified(fs, path) or 0.0 for path in [*trials, outcome, f"{root}/search.yaml"] if fs.exists(path)])
+    files = [*trials, outcome, f"{root}/search.yaml", f"{root}/search.jsonl"]
+    changed = max([_modified(fs, path) or 0.0 for path in files if fs.exists(path)])
     done = fs.exists(outcome)
     held_out = None
     if done:
         best = json.loads(read_text(join(folder, "outcome.json"))).get("best") or {}
         held_out = (best.get("values") or {}).get("loss")
-    state = "finished" if done else "running" if now - changed < FRESH_SECONDS else "interrupted"
-    name = str(spec.get("name") or folder.rstrip("/").rsplit("/", 1)[-1])
+    state = "finished" if done else "interrupted"
+    if not done and (now - changed < FRESH_SECONDS or any(map(held, [folder, *_at_work(fs, root, folder)]))):
+        state = "running"
+    name = str(spec.get("name") or _last_part(folder))
     return RunState(
         name,
         state,
@@ -134,6 +155,11 @@ def _search(folder: str, now: float) -> RunState:
         folder=folder,
         changed=changed or None,
     )
+
+
+def _at_work(fs: Any, root: str, folder: str) -> list[str]:
+    """Folders of a search's trials that have a lease: few, since a trial that ends takes its own away."""
+    return [join(folder, "trials", path.rsplit("/", 2)[-2]) for path in fs.glob(f"{root}/trials/*/{LEASE}")]
 
 
 def _yaml(uri: str) -> dict[str, Any]:
@@ -219,9 +245,10 @@ def _verb(command: str) -> str | None:
     return None
 
 
-def merged(jobs: Iterable[Job], folders: Iterable[RunState]) -> list[RunState]:
+def merged(jobs: Iterable[Job], folders: Iterable[RunState], now: float | None = None) -> list[RunState]:
     """Every run once, those that moved last first. Where it stands is what its folder says; whether it runs is what its
-    newest job says, unless the folder has moved since that job was over."""
+    newest job says, unless somebody was at work in the folder since that job was over."""
+    now = time.time() if now is None else now
     by_folder = {state.folder: state for state in folders}
     lines: list[RunState] = []
     told: set[str] = set()
@@ -232,7 +259,7 @@ def merged(jobs: Iterable[Job], folders: Iterable[RunState]) -> list[RunState]:
                 lines.append(of_the_job)
             elif folder not in told:
                 told.add(folder)
-                lines.append(_with_folder(of_the_job, by_folder.get(folder), job))
+                lines.append(_with_folder(of_the_job, by_folder.get(folder), job, now))
     lines += [state for folder, state in by_folder.items() if folder not in told]
     return sorted(lines, key=lambda line: line.changed or 0, reverse=True)
 
@@ -241,10 +268,13 @@ _CLOCKS_SECONDS = 60.0
 """Clocks of two machines may differ by this much."""
 
 
-def _with_folder(line: RunState, folder: RunState | None, job: Job) -> RunState:
-    if folder is None:
-        return line
-    later = job.ended is not None and (folder.changed or 0) > job.ended + _CLOCKS_SECONDS
+def _with_folder(line: RunState, folder: RunState | None, job: Job, now: float) -> RunState:
+    if folder is None or folder.unread:
+        return replace(line, unread=folder and folder.unread)
+    later = job.ended is not None and (
+        (folder.changed or 0) > job.ended + _CLOCKS_SECONDS
+        or (folder.state == "running" and now > job.ended + FRESH_SECONDS)  # a lease outlives a killed job for a while
+    )
     state = folder.state if later else line.state
     changed = max(filter(None, (line.changed, folder.changed)), default=None)
     return replace(folder, state=state, command=line.command, job=line.job, changed=changed, exit_code=line.exit_code)

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config import Run, Source, load_run, recipe_names
+from ftray.config.reading import override, parse_yaml, validated
 from ftray.config.search import Search, load_search, search_recipe_names
 from ftray.errors import ConfigError, UserError
 from ftray.jobs.commandline import CommandLine, Word
 from ftray.jobs.luggage import Luggage, local_path
+from ftray.manifest import read_text
 from ftray.redact import redact
 from ftray.session import names_a_secret
 
 _OUTPUT = "write to storage that all hosts share: {key}=s3://bucket/{name}, or an absolute path on NFS"
-_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-[^}]*)?\}")
 REGISTRY = "FTRAY_REGISTRY"
 
 
@@ -58,6 +60,14 @@ def pack(line: CommandLine, luggage: Luggage) -> Package:
     for word in line.words:
         if redact(word.text) != word.text:
             raise _secret(redact(word.text))
+    for name, folder in package.runs:  # with the variables of its file filled in
+        if (shown := redact(folder)) != folder:
+            raise ConfigError(
+                "credentials stand in this URI, and Ray shows the folders of a job's runs to everybody",
+                where=f"output of {name}: {shown}",
+                hint="write the URI without them; every host of the cluster brings its own, from its role, its profile"
+                "\n    (AWS_PROFILE) or its environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
+            )
     return package
 
 
@@ -71,8 +81,9 @@ def variables(
     found: dict[str, str] = {}
     theirs = []
     texts = [*package.texts, *package.line.overrides]
+    credentials = {name for text in texts for name in _among_credentials(text)}
     for name in sorted({name for text in texts for name in _VARIABLE.findall(text)} & environment.keys()):
-        if is_secret(name, environment[name]):
+        if name in credentials or is_secret(name, environment[name]):
             theirs.append(name)
         else:
             found[name] = environment[name]
@@ -81,7 +92,7 @@ def variables(
         if not equals and name not in environment:
             raise UserError(f"the environment has no {name}", where="--env")
         value = value if equals else environment[name]
-        if is_secret(name, value):
+        if name in credentials or is_secret(name, value):
             raise _secret(f"--env {name}")
         found[name] = value
     return found, theirs
@@ -89,6 +100,15 @@ def variables(
 
 def is_secret(name: str, value: str) -> bool:
     return names_a_secret(name) or redact(value) != value
+
+
+def _among_credentials(text: str) -> set[str]:
+    """Variables that stand where a secret stands, as in `https://me:${PW}@host` or `?token=${T}`, whatever they are
+    called: with a mark in the place of each, these are the marks that `redact` takes out."""
+    marks = {name: f"variable_{i:06}_" for i, name in enumerate(_VARIABLE.findall(text))}
+    marked = _VARIABLE.sub(lambda match: marks[match[1]], text)
+    left = redact(marked)
+    return {name for name, mark in marks.items() if left.count(mark) < marked.count(mark)}
 
 
 def _secret(where: str) -> UserError:
@@ -126,7 +146,7 @@ def _train(package: Package) -> None:
 
 def _tune(package: Package) -> None:
     line = package.line
-    (word,) = line.positionals
+    word = _only(line, "SEARCH")
     search = load_search(word.text, line.overrides)
     package.runs.append((search.name, search.folder))
     for key, value in _paths_of_search(search, package.luggage).items():
@@ -156,7 +176,7 @@ def _evaluate(package: Package) -> None:
 
 def _generate(package: Package) -> None:
     line, luggage = package.line, package.luggage
-    (prompts,) = line.positionals
+    prompts = _only(line, "PROMPTS")
     prompts.text = luggage.add_input(prompts.text, "PROMPTS")
     for word in line.option("--out"):
         _output(word.text, "--out", "answers.jsonl", luggage)
@@ -169,39 +189,37 @@ def _generate(package: Package) -> None:
 
 
 def _serve(package: Package) -> None:
-    """The file is read here without the serving package: that belongs to a higher floor."""
-    from ftray.config.reading import parse_yaml
-    from ftray.manifest import read_text
-
+    """The file is known to be right; see `ftray.cli.submit`. What it means belongs to a higher floor."""
     line, luggage = package.line, package.luggage
-    if not line.positionals:
-        raise UserError("which SERVE.yaml?", hint="ftray submit … -- serve serve.yaml")
-    (word,) = line.positionals
+    word = _only(line, "SERVE.yaml")
     raw = parse_yaml(read_text(word.text), word.text)
-    (application,) = raw["applications"]
-    args = application["args"]
-    for item in line.overrides:  # those of one file alone matter here
-        key, _, value = item.partition("=")
-        if key in ("registry", "tenants", "chat_template"):
-            args[key] = value
-        elif key == "model.path":
-            args.setdefault("model", {})["path"] = value
-    changed = {"model.path": luggage.add_if_here(args["model"]["path"], "model.path")}
+    for item in line.overrides:
+        override(raw, item if item.split(".")[0].split("=")[0] in _RAYS else f"applications.0.args.{item}")
+    args = raw["applications"][0]["args"]
+    changed = {"model.path": (args["model"]["path"], luggage.add_if_here(args["model"]["path"], "model.path"))}
     if args.get("registry"):
         _output(args["registry"], "registry", "adapters", luggage)
     if args.get("tenants"):
-        changed["tenants"] = luggage.add_input(args["tenants"], "tenants")
+        changed["tenants"] = (args["tenants"], luggage.add_input(args["tenants"], "tenants"))
     if args.get("chat_template"):
-        changed["chat_template"] = _small(args["chat_template"], luggage)
-    given = {
-        "model.path": args["model"]["path"],
-        "tenants": args.get("tenants"),
-        "chat_template": args.get("chat_template"),
-    }
-    for key, value in changed.items():
-        if value != given[key]:
-            line.override(_assign(key, value))
+        changed["chat_template"] = (args["chat_template"], _small(args["chat_template"], luggage))
+    for key, (old, new) in changed.items():
+        if new != old:
+            line.override(_assign(key, new))
     word.text = _own_file(word.text, "serve.yaml", [], package)
+
+
+_RAYS = ("applications", "http_options", "proxy_location", "logging_config")
+"""Keys of a SERVE.yaml that overrides name in full; all others are below `args`."""
+
+
+def _only(line: CommandLine, what: str) -> Word:
+    """The one positional. Raises UserError."""
+    words = line.positionals
+    if len(words) != 1:
+        given = f"{', '.join(word.text for word in words)}: one is taken" if words else "none is given"
+        raise UserError(f"which {what}? {given}", hint=f"ftray submit … -- {line.name} {what} KEY=VALUE …")
+    return words[0]
 
 
 _PACKERS: dict[str, Callable[[Package], None]] = {
@@ -244,8 +262,6 @@ def _paths_of_search(search: Search, luggage: Luggage) -> dict[str, str]:
     """As `_paths_of_run`, of the run that a search begins with and of what its space may choose."""
     raw = search.raw_run()
     raw["name"], raw["output"] = search.name, search.folder
-    from ftray.config.reading import validated
-
     changed = _paths_of_run(validated(raw, "the run of the search"), luggage)
     for key, parameter in search.space.items():
         if key.split(".")[-1] not in ("path", "chat_template") and key not in ("data.sources", "data.held_out"):

@@ -49,12 +49,18 @@ def load_base(
 
 
 def load_frozen(
-    model: Model, *, quantized: bool, dtype: torch.dtype, device: torch.device | str, attention: str
+    model: Model,
+    *,
+    quantized: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attention: str,
+    double_quantization: bool = True,
 ) -> tuple[Any, list[str]]:
-    """(a base that nothing trains, names of the linear layers that had to stay unquantized). NF4 is with double
-    quantization. `attention` names an implementation that transformers knows. Raises ModelError."""
+    """(a base that nothing trains, names of the linear layers that had to stay unquantized). `attention` names an
+    implementation that transformers knows. Raises ModelError."""
     folder, config, options = _prepared(model, dtype, attention)
-    loaded, unquantized = _loaded(folder, config, options, device, True if quantized else None)
+    loaded, unquantized = _loaded(folder, config, options, device, double_quantization if quantized else None)
     return loaded.requires_grad_(False), unquantized
 
 

@@ -68,12 +68,18 @@ class Base:
         quantized: bool = True,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        double_quantization: bool = True,
     ) -> None:
         self.source = source
         self.folder = local_model_folder(source)
         self.tokenizer = load_tokenizer(source)
         self.model, self.unquantized = load.load_frozen(
-            source, quantized=quantized, dtype=dtype, device=device, attention=attention
+            source,
+            quantized=quantized,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            double_quantization=double_quantization,
         )
         self.model.eval()
         self.config = self.model.config.get_text_config()

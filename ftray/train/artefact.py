@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,14 @@ from ftray.config import AdaLoRA, Bottleneck, Run
 from ftray.data.prepared import PreparedData
 from ftray.data.tokenizer import load_tokenizer, local_model_folder
 from ftray.errors import ArtefactError
-from ftray.manifest import describe_files, filesystem, is_local, join
+from ftray.manifest import describe_files, filesystem, is_local, join, read_text, wrong_files
 from ftray.model import bottleneck
 from ftray.model.load import DTYPES, base_digest
 from ftray.model.methods import load_trained_state
 from ftray.redact import redact_values
 from ftray.storage import reached
 from ftray.train.card import model_card
-from ftray.train.commits import write_shards
+from ftray.train.commits import take_place, write_shards
 
 FACTS = "ftray.json"
 
@@ -46,15 +48,30 @@ def write_artefact(
     `frozen` the others of a model that is saved whole. Raises ArtefactError if what was trained is empty or not
     finite."""
     _check(trained)
-    target = join(run.folder, "artefact")
-    with tempfile.TemporaryDirectory(prefix="ftray-artefact-") as temporary:
-        stage = Path(temporary)
+    target = place_of(run.folder)
+    with staged(target) as stage:
         _save(run, model, trained, frozen, stage)
         (stage / "README.md").write_text(model_card(run, summary, data.facts), encoding="utf-8")
         facts = artefact_facts(run, data, summary) | {"files": describe_files(stage)}
         (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        place(stage, target)
     return target
+
+
+def place_of(folder: str) -> str:
+    """Of the artefact in a run's folder."""
+    return join(folder, "artefact")
+
+
+def step_and_loss(folder: str) -> tuple[int, float | None] | None:
+    """Of the artefact in a run's folder: the step that it is of, and its held-out loss. None where there is none, or
+    none that is whole."""
+    where = place_of(folder)
+    try:
+        facts = json.loads(read_text(join(where, FACTS)))
+        whole = not any(wrong_files(where, facts["files"]))
+        return (facts["step"], facts["metrics"].get("artefact_loss")) if whole else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def pass_frozen(run: Run, frozen: Iterable[tuple[str, Tensor]]) -> None:
@@ -135,6 +152,14 @@ def _save_model(model: Any, dtype: torch.dtype, tensors: Iterable[tuple[str, Ten
         model.generation_config.save_pretrained(stage)
 
 
+_METRICS = ("base_loss", "artefact_loss", "best_loss", "final_loss", "target_tokens", "trainable_parameters")
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no word for a loss that is not finite, and a registry takes no such file."""
+    return value if value is None or math.isfinite(value) else None
+
+
 def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dict[str, Any]:
     """What `ftray.json` says, the files' digests aside."""
     base = None if run.model.random_weights else base_digest(local_model_folder(run.model))
@@ -149,39 +174,42 @@ def artefact_facts(run: Run, data: PreparedData, summary: dict[str, Any]) -> dic
         "data_sha256": data.digest,
         "run": redact_values(run.dump()),
         "step": summary["artefact_step"],
-        "metrics": {
-            key: summary[key]
-            for key in ("base_loss", "best_loss", "final_loss", "target_tokens", "trainable_parameters")
-        },
+        "metrics": {key: _number(summary[key]) for key in _METRICS},
     }
 
 
+@contextmanager
+def staged(target: str) -> Iterator[Path]:
+    """An empty local folder. At the end of the block it is put at `target`, a path or fsspec URI, whole or not at all,
+    and what was there is replaced. On a local disk it lies beside, where `ftray doctor` finds what a crash left."""
+    with reached(target, lasting=True):
+        if not is_local(target):
+            with tempfile.TemporaryDirectory(prefix="ftray-artefact-") as temporary:
+                yield Path(temporary)
+                with reached(target):
+                    _upload(Path(temporary), target)
+            return
+        path = Path(filesystem(target)[1])
+        stage = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            stage.mkdir(parents=True)
+            yield stage
+            _open_to_others(stage)
+            take_place(stage, path)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
 def _open_to_others(folder: Path) -> None:
-    """The modes that new files have here: the scratch folder, and what safetensors writes, are the owner's alone."""
+    """The modes that new files have here: what safetensors writes is the owner's alone, and a copy has its source's."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def place(stage: Path, target: str) -> None:
-    """Put a finished local folder at a path or fsspec URI, whole or not at all; what was there is replaced."""
-    with reached(target):
-        _place(stage, target)
-
-
-def _place(stage: Path, target: str) -> None:
+def _upload(stage: Path, target: str) -> None:
     fs, path = filesystem(target)
-    if is_local(target):
-        new = Path(path).with_name(f".artefact.{uuid.uuid4().hex[:8]}.part")
-        try:
-            shutil.copytree(stage, new)
-            _open_to_others(new)
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        return
     if fs.exists(path):
         fs.rm(path, recursive=True)
     names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())

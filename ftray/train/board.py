@@ -16,13 +16,14 @@ _ALIKE_SECONDS = 5.0
 
 
 class Board:
-    """An actor between workers and driver: events one way, the wish to stop the other."""
+    """An actor between workers and driver: events one way, the wish to stop the other. It hears one group of workers at
+    a time: what others say, who were followed by another and do not know it yet, changes nothing."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._stop = False
         self._leave = False
-        self._group = 0
+        self._group: int | None = None
         self._lives: dict[int, Life] = {}
         self._heard: dict[int, float] = {}
         self._moved: dict[int, float] = {}
@@ -35,8 +36,13 @@ class Board:
 
     def open(self, group: int) -> None:
         """A new group of workers is about to start; what is left of those before it is to end."""
-        self._group, self._leave, self._summary, self._failures = group, False, None, 0
+        self._group, self._leave, self._error, self._summary, self._failures = group, False, None, None, 0
         self._lives, self._heard, self._moved, self._parted = {}, {}, {}, set()
+
+    def close(self) -> list[Life]:
+        """The group is over: who of it still lives is to end, and is heard no more. Returns all who joined it."""
+        self._group = None
+        return self.members()
 
     def leave(self) -> None:
         """Have this group commit and give its places back."""
@@ -78,7 +84,9 @@ class Board:
         """All who joined this group."""
         return list(self._lives.values())
 
-    def push(self, events: list[dict[str, Any]]) -> bool:
+    def push(self, group: int, events: list[dict[str, Any]]) -> bool:
+        if group != self._group:
+            return False
         self._events += events
         return self._stop or self._leave
 
@@ -92,18 +100,21 @@ class Board:
         events, self._events = self._events, []
         return events
 
-    def fail(self, error: Exception) -> None:
-        self._error = self._error or error
-        self._failures += 1
+    def fail(self, group: int, error: Exception) -> None:
+        if group == self._group:
+            self._error = self._error or error
+            self._failures += 1
 
     def failures(self) -> int:
         return self._failures
 
-    def crash(self, text: str) -> None:
-        self._crashes.append(text)
+    def crash(self, group: int, text: str) -> None:
+        if group == self._group:
+            self._crashes.append(text)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._summary = summary
+    def finish(self, group: int, summary: dict[str, Any]) -> None:
+        if group == self._group:
+            self._summary = summary
 
     def outcome(self) -> dict[str, Any]:
         return {"error": self._error, "summary": self._summary, "crashes": self._crashes}
@@ -146,10 +157,10 @@ class BoardChannel:
 
         while not ray.get(self._board.may_go_on.remote(step)):
             time.sleep(_HELD_SECONDS)
-        self._stop |= ray.get(self._board.push.remote([]))
+        self._stop |= ray.get(self._board.push.remote(self._group, []))
 
     def _push(self) -> None:
-        self._answer = self._board.push.remote(self._waiting)
+        self._answer = self._board.push.remote(self._group, self._waiting)
         self._waiting, self._pushed_at = [], time.monotonic()
 
     def stop_requested(self) -> bool:
@@ -166,14 +177,16 @@ class BoardChannel:
 
         self._end_pulse()
         if summary is not None:
-            ray.get([self._board.push.remote(self._waiting), self._board.finish.remote(summary)])
+            last = self._board.push.remote(self._group, self._waiting)
+            ray.get([last, self._board.finish.remote(self._group, summary)])
 
     def fail(self, error: Exception, workers: int) -> bool:
         """Tell the error that ends the run. True when every worker failed alike, so that none waits for another."""
         import ray
 
         self._end_pulse()
-        ray.get([self._board.push.remote(self._waiting), self._board.fail.remote(error)])
+        last = self._board.push.remote(self._group, self._waiting)
+        ray.get([last, self._board.fail.remote(self._group, error)])
         end = time.monotonic() + _ALIKE_SECONDS
         while time.monotonic() < end:
             if ray.get(self._board.failures.remote()) >= workers:
@@ -190,4 +203,4 @@ class BoardChannel:
         import ray
 
         self._end_pulse()
-        ray.get(self._board.crash.remote(f"worker {self._rank}\n{text}"))
+        ray.get(self._board.crash.remote(self._group, f"worker {self._rank}\n{text}"))

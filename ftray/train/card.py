@@ -107,8 +107,7 @@ def _introduction(run: Run, summary: dict[str, Any]) -> str:
 
 
 def _results(run: Run, summary: dict[str, Any]) -> str:
-    base, best, final = (_finite(summary.get(k)) for k in ("base_loss", "best_loss", "final_loss"))
-    tuned = best if run.train.keep_best and best is not None else final
+    base, tuned = (_finite(summary.get(k)) for k in ("base_loss", "artefact_loss"))
     if base is None or tuned is None:
         return ""
     preferences = run.objective.name == "dpo"

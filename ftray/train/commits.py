@@ -10,6 +10,7 @@ written last.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -40,9 +41,13 @@ class Progress:
     cursor: int = 0
     """Rows consumed."""
     best_loss: float | None = None
+    """The lowest held-out loss after a step; the base's is not among them."""
     best_step: int | None = None
+    to_beat: float | None = None
+    """Held-out loss below which, by early stopping's margin, the next one must be to count as better: the base's at
+    first."""
     since_best: int = 0
-    """Evaluations since the best one."""
+    """Evaluations since one that counted as better."""
     base_loss: float | None = None
     final_loss: float | None = None
     """Held-out loss of the last evaluation."""
@@ -57,6 +62,28 @@ class Progress:
     """Length of metrics.jsonl when this was committed: what stands behind it belongs to steps that were lost."""
     finished: str | None = None
     """Why the run ended, once it has."""
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> Progress:
+        """What a commit keeps. Older ones had one mark for the best and for early stopping, which the base's loss set
+        as well. Raises TypeError."""
+        progress = cls(**kept)
+        if "to_beat" not in kept:
+            progress.to_beat = progress.best_loss
+            if progress.best_step == 0:
+                progress.best_loss = progress.best_step = None
+        return progress
+
+    def meant(self, keep_best: bool) -> int:
+        """The step that the artefact is of; where its commit is no longer whole, the last step."""
+        return self.best_step if keep_best and self.best_step is not None else self.step
+
+    def loss_at(self, step: int) -> float | None:
+        """Held-out loss of the best step, or of the last; None where it was not measured, or is not finite."""
+        if step == self.best_step:
+            return self.best_loss
+        known = self.evaluated_at == step and self.final_loss is not None and math.isfinite(self.final_loss)
+        return self.final_loss if known else None
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -161,7 +188,7 @@ def complete(staged: Staged) -> str:
         if is_local(target):
             seal(staged.files, facts)
             _sync(staged.files)
-            _replace(staged.files, Path(path))
+            take_place(staged.files, Path(path))
             return target
         if fs.exists(f"{path}/{MANIFEST}"):
             fs.rm_file(f"{path}/{MANIFEST}")
@@ -227,8 +254,9 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _replace(stage: Path, target: Path) -> None:
-    if target.exists():
+def take_place(stage: Path, target: Path) -> None:
+    """Give a finished folder its name, in place of an older one. Raises OSError where a file is in its way."""
+    if target.is_dir():
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old.part")
         os.rename(target, old)
         os.rename(stage, target)
@@ -260,6 +288,14 @@ def latest(folder: str, warn: Callable[[str], None]) -> Commit | None:
     return None
 
 
+def counts(where: str) -> bool:
+    """Whether a commit was completed; its files are not looked at."""
+    try:
+        return read_manifest(where) is not None
+    except ArtefactError:
+        return False
+
+
 def newest_identity(folder: str) -> dict[str, Any] | None:
     """The identity in the newest commit that can be read at all; None without one. Tensors are not looked at."""
     for step in reversed(steps_of(folder)):
@@ -289,7 +325,7 @@ def read(where: str) -> Commit:
     try:
         state = json.loads((root / "state.json").read_text())
         return Commit(
-            progress=Progress(**state["progress"]),
+            progress=Progress.of(state["progress"]),
             state=State(
                 model=read_shards(root.glob("model*.safetensors"), copy),
                 optimizer=read_shards(root.glob("optimizer*.safetensors"), copy),

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from ftray.config import Run, load_run
 from ftray.errors import ArtefactError, ConfigError, FtrayError, RunError
 from ftray.manifest import MANIFEST, atomic_write, filesystem, is_local, join, read_manifest, read_text, wrong_files
 from ftray.storage import make_folder, reached
 from ftray.train import commits
-from ftray.train.artefact import FACTS
-from ftray.train.lease import LEASE, holder
+from ftray.train.artefact import FACTS, place_of
+from ftray.train.commits import Progress
+from ftray.train.lease import holders
 
 SET_ASIDE = "set-aside"
 _PART = re.compile(r"\.[0-9a-f]{8}(\.old)?\.part$")
@@ -68,20 +68,19 @@ def examine(folder: str) -> Diagnosis:
         if fs.isfile(root):
             raise ConfigError("this is a file, not a run's folder", where=folder)
     found = Diagnosis(folder)
-    lease = holder(folder)
-    if lease and lease[1]:
-        found.running = lease[0]
-    elif lease:
-        remedy = "remove it: nobody looks at it to start"
-        where = join(folder, LEASE)
-        found.findings.append(
-            Finding(where, f"the lease of {lease[0]}, which is gone", remedy, partial(_remove, where))
-        )
+    for holder in holders(folder):
+        where, who = join(folder, holder.name), holder.who
+        if holder.alive:
+            found.running = found.running or who
+        else:
+            found.findings.append(
+                Finding(where, f"the lease of {who}, which is gone", "remove it", partial(_remove, where))
+            )
     run, problem = _run_file(folder)
     found.findings += problem
-    newest = _commits(folder, found)
+    newest, whole = _commits(folder, found)
     found.findings += _metrics(folder, newest)
-    found.findings += _artefact(folder, run, newest)
+    found.findings += _artefact(folder, run, newest, whole)
     found.findings += _prepared(folder)
     found.findings += _parts(folder)
     return found
@@ -116,17 +115,19 @@ def _run_file(folder: str) -> tuple[Run | None, list[Finding]]:
         return None, [Finding(where, f"it cannot be read: {error}", "start the run with your own file", hinders=True)]
 
 
-def _commits(folder: str, found: Diagnosis) -> dict[str, Any] | None:
-    """Progress of the newest whole commit."""
-    newest: dict[str, Any] | None = None
+def _commits(folder: str, found: Diagnosis) -> tuple[Progress | None, set[int]]:
+    """Progress of the newest whole commit; the steps of all that are whole."""
+    newest: Progress | None = None
+    whole: set[int] = set()
     for step in commits.steps_of(folder):
         where = commits.place_of(folder, step)
         try:
             manifest = read_manifest(where)
             wrong = [] if manifest is None else list(wrong_files(where, manifest["files"]))
             if manifest is not None and not wrong:
-                newest = json.loads(read_text(join(where, "state.json")))["progress"]
-        except (ArtefactError, ValueError, KeyError, FileNotFoundError) as error:
+                newest = Progress.of(json.loads(read_text(join(where, "state.json")))["progress"])
+                whole.add(step)
+        except (ArtefactError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
             manifest, wrong = {}, [error.what if isinstance(error, FtrayError) else f"state.json: {error}"]
         if manifest is None:
             what = "a commit that was never completed: it has no manifest, so it does not count"
@@ -135,12 +136,12 @@ def _commits(folder: str, found: Diagnosis) -> dict[str, Any] | None:
             what = f"a damaged commit: {'; '.join(wrong)}"
             remedy = f"set it aside, in {SET_ASIDE}; a run passes it over, with a warning"
             found.findings.append(Finding(where, what, remedy, partial(_set_aside, folder, where)))
-    found.goes_on_from = newest["step"] if newest else None
-    found.finished = bool(newest and newest["finished"])
-    return newest
+    found.goes_on_from = newest.step if newest else None
+    found.finished = bool(newest and newest.finished)
+    return newest, whole
 
 
-def _metrics(folder: str, newest: dict[str, Any] | None) -> Iterator[Finding]:
+def _metrics(folder: str, newest: Progress | None) -> Iterator[Finding]:
     where = join(folder, "metrics.jsonl")
     fs, path = filesystem(where)
     with reached(where):
@@ -156,17 +157,22 @@ def _metrics(folder: str, newest: dict[str, Any] | None) -> Iterator[Finding]:
             json.loads(line)
         except ValueError:
             yield Finding(where, f"line {number:,} is no JSON", "none: the report leaves it out")
-    if newest and newest["metrics_bytes"] > len(content):
-        lost = newest["metrics_bytes"] - len(content)
-        what = f"{lost:,} bytes fewer than when step {newest['step']:,} was committed: lines were lost"
+    if newest and newest.metrics_bytes > len(content):
+        lost = newest.metrics_bytes - len(content)
+        what = f"{lost:,} bytes fewer than when step {newest.step:,} was committed: lines were lost"
         yield Finding(where, what, "none: the run goes on, its report has a gap")
 
 
-def _artefact(folder: str, run: Run | None, newest: dict[str, Any] | None) -> Iterator[Finding]:
-    where = join(folder, "artefact")
+def _artefact(folder: str, run: Run | None, newest: Progress | None, whole: set[int]) -> Iterator[Finding]:
+    where = place_of(folder)
     fs, path = filesystem(where)
-    ended = bool(newest and newest["finished"])
-    again = "the same command writes it anew, from the last commit" if ended else "the run writes it at its end"
+    ended, again = bool(newest and newest.finished), "the run writes it at its end"
+    meant = source = 0
+    if newest:
+        meant = newest.meant(run is None or run.train.keep_best)
+        source = meant if meant in whole else newest.step  # as the loop chooses
+        if ended:
+            again = f"the same command writes it anew, from the commit of step {source:,}"
     with reached(where):
         there = fs.exists(path)
     if not there:
@@ -185,12 +191,10 @@ def _artefact(folder: str, run: Run | None, newest: dict[str, Any] | None) -> It
         return
     if wrong:
         yield Finding(where, f"a damaged artefact: {'; '.join(wrong)}", f"set it aside; {again}", aside)
-    elif newest and run:
-        meant = newest["best_step"] if run.train.keep_best and newest["best_step"] else newest["step"]
-        if step != meant or not ended:
-            what = f"the artefact is of step {step:,}, and the commits stand at step {newest['step']:,}"
-            what += f", the best at {meant:,}" if meant != newest["step"] else ""
-            yield Finding(where, what, f"set it aside; {again}", aside)
+    elif newest and run and not (ended and step in (meant, source)):
+        what = f"the artefact is of step {step:,}, and the commits stand at step {newest.step:,}"
+        what += f", the best at {source:,}" if source != newest.step else ""
+        yield Finding(where, what, f"set it aside; {again}", aside)
 
 
 def _prepared(folder: str) -> Iterator[Finding]:

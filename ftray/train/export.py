@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from ftray.data.tokenizer import load_tokenizer, local_model_folder
 from ftray.errors import ArtefactError, ConfigError
 from ftray.manifest import describe_files, filesystem, join, sha256
 from ftray.model.load import DTYPES, base_digest, load_base
-from ftray.train.artefact import FACTS, place
+from ftray.train.artefact import FACTS, staged
 from ftray.train.card import export_card
 
 COMBINATIONS = {
@@ -117,8 +116,7 @@ def export(
     _refuse(artefacts, to, merge, precision, combination)
     first = artefacts[0]
     precision = precision or first.run.train.precision
-    with tempfile.TemporaryDirectory(prefix="ftray-export-") as temporary:
-        stage = Path(temporary)
+    with staged(to) as stage:
         facts = {key: first.facts[key] for key in first.facts if key != "files"}
         if len(artefacts) == 1 and (first.is_model or not merge):
             shutil.copytree(first.folder, stage, dirs_exist_ok=True)
@@ -131,7 +129,6 @@ def export(
         (stage / FACTS).unlink(missing_ok=True)
         facts["files"] = describe_files(stage)
         (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        place(stage, to)
     return facts
 
 

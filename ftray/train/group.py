@@ -19,6 +19,8 @@ class GroupConfig(TorchConfig):
     talks over what."""
 
     board: Any = None
+    group: int = 0
+    """Of the run's groups of workers, one after the other, as the board counts them."""
 
     @property
     def backend_cls(self) -> type:
@@ -39,7 +41,8 @@ class GroupBackend(_TorchBackend):
             _try(worker_group, [(rank, links[rank]) for rank in first.values()])
         worker_group.execute(_tell_library, library, len(first) > 1)
         if backend_config.board is not None:
-            backend_config.board.push.remote([{"kind": "status", "text": _in_words(library, links)}])
+            told = [{"kind": "status", "text": _in_words(library, links)}]
+            backend_config.board.push.remote(backend_config.group, told)
         super().on_start(worker_group, backend_config)
 
 

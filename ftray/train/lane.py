@@ -203,9 +203,13 @@ class Lane:
             for flat in self.flats:
                 flat.step(share, rate, train)
             self.moved = True
+        self.forget()
+        return norm
+
+    def forget(self) -> None:
+        """Drop the gradients that were added up."""
         for flat in self.flats:
             flat.gradient.zero_()
-        return norm
 
     def state(self) -> State:
         return self.base.do(self._state)

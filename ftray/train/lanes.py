@@ -23,7 +23,7 @@ from ftray.config import Run
 from ftray.data.prepared import PreparedData
 from ftray.model import threads
 from ftray.model.load import evaluating, load_base
-from ftray.model.methods import attach
+from ftray.model.methods import attach, trained_state
 from ftray.model.pooled import PooledModel, Route
 from ftray.model.served import row_norms
 from ftray.train.batch import Batch, joined
@@ -149,6 +149,15 @@ class Base:
         finally:
             self._leave(name)
 
+    def shapes_of(self, run: Run) -> dict[str, torch.Size]:
+        """Of what the run would train, by name."""
+
+        def look() -> dict[str, torch.Size]:
+            with self._attached(run) as model:
+                return {name: tensor.shape for name, tensor in trained_state(model).items()}
+
+        return self.do(look)
+
     def expel(self, name: str) -> None:
         """Have the lane end before its next step; unknown names are ignored."""
         with self._changed:
@@ -216,7 +225,7 @@ class Base:
             ask.answer.result()
 
     @contextmanager
-    def _attached(self, run: Run, steps: int) -> Iterator[Any]:
+    def _attached(self, run: Run, steps: int | None = None) -> Iterator[Any]:
         """PEFT's model of a run on this base, for its fresh weights, their names, and its artefact."""
         for path, layer in self.pooled.linears.items():
             self.model.set_submodule(path, layer.base)
@@ -284,47 +293,59 @@ class Base:
             self._changed.wait(left)
 
     def _together(self, asks: list[_Ask]) -> None:
-        """Answer gradients and losses of many lanes. An error that is no lane's own reaches all of them."""
-        sums: dict[int, list[Tensor]] = {id(ask): [] for ask in asks}
+        """Answer gradients and losses of many lanes. When a pass fails, all is computed again, each micro-batch by
+        itself, so that the error reaches the lane whose it is and no other."""
+        memory = False
+        try:
+            for ask, sums in zip(asks, self._computed(asks), strict=True):
+                ask.answer.set_result(sums)
+            return
+        except Exception as error:  # noqa: BLE001 - kept no longer than here: its frames hold what the pass had made
+            memory = _out_of_memory(error)
+        if memory and self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for ask in asks:
+            self._apart(ask)
+        if memory and not any(ask.answer.exception() for ask in asks):
+            tokens = sum(batch.tokens.numel() for ask in asks for batch in ask.what.batches)  # type: ignore[union-attr]
+            self.pass_tokens = max(1, min(self.pass_tokens, tokens) // 2)  # each by itself fitted: fewer at once
+
+    def _apart(self, ask: _Ask) -> None:
+        try:
+            if isinstance(ask.what, Gradients):
+                ask.what.lane.forget()
+            [sums] = self._computed([ask], apart=True)
+        except Exception as error:  # noqa: BLE001 - the lane's thread raises it again
+            ask.answer.set_exception(error)
+        else:
+            ask.answer.set_result(sums)
+
+    def _computed(self, asks: list[_Ask], apart: bool = False) -> list[list[Tensor]]:
+        """Sums of losses for each ask, one a micro-batch, their gradients added to the lanes'. `apart`: a pass for each
+        micro-batch."""
+        answers: list[list[Tensor]] = [[] for _ in asks]
         trained: list[_Part] = []
         measured: list[_Part] = []
-        for ask in asks:
-            what, done = ask.what, sums[id(ask)].append
+        for ask, sums in zip(asks, answers, strict=True):
+            what, done = ask.what, sums.append
             if isinstance(what, Gradients):
                 each = zip(what.batches, what.seeds, strict=True)
                 trained += [_Part(what.lane, batch, seed, 1 / what.divisor, done) for batch, seed in each]
             else:
                 assert isinstance(what, Losses)
                 measured += [_Part(what.lane, batch, None, 0.0, done) for batch in what.batches]
-        try:
-            self._refresh_gains({id(part.lane): part.lane for part in (*trained, *measured)}.values())
-            if measured:
-                with evaluating(self.objective):
-                    for parts in self._passes(measured):
-                        self._pass(parts)
-            if trained:
-                started = time.monotonic()
-                for parts in self._passes(trained):
+        most = 1 if apart else self.pass_tokens
+        self._refresh_gains({id(part.lane): part.lane for part in (*trained, *measured)}.values())
+        if measured:
+            with evaluating(self.objective):
+                for parts in _passes(measured, most):
                     self._pass(parts)
-                self._seconds = time.monotonic() - started
-        except Exception as error:  # noqa: BLE001 - each lane's thread raises it again
-            for ask in asks:
-                ask.answer.set_exception(error)
-            return
-        for ask in asks:
-            ask.answer.set_result(sums[id(ask)])
-
-    def _passes(self, parts: list[_Part]) -> Iterator[list[_Part]]:
-        """Parts that go through the base together."""
-        chosen: list[_Part] = []
-        tokens = 0
-        for part in parts:
-            if chosen and tokens + part.batch.tokens.numel() > self.pass_tokens:
-                yield chosen
-                chosen, tokens = [], 0
-            chosen.append(part)
-            tokens += part.batch.tokens.numel()
-        yield chosen
+        if trained:
+            started = time.monotonic()
+            for parts in _passes(trained, most):
+                self._pass(parts)
+            self._seconds = time.monotonic() - started
+        return answers
 
     def _pass(self, parts: list[_Part]) -> None:
         batch = joined([part.batch for part in parts])
@@ -372,6 +393,24 @@ class Base:
                 lane.norms[path] = norms
         for lane in moved:
             lane.moved = False
+
+
+def _passes(parts: list[_Part], most: int) -> Iterator[list[_Part]]:
+    """Parts that go through the base together: of `most` tokens, or one that has more."""
+    chosen: list[_Part] = []
+    tokens = 0
+    for part in parts:
+        if chosen and tokens + part.batch.tokens.numel() > most:
+            yield chosen
+            chosen, tokens = [], 0
+        chosen.append(part)
+        tokens += part.batch.tokens.numel()
+    yield chosen
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has no class of its own for what a CPU refuses."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _answer(ask: _Ask, work: Callable[[], Any]) -> None:

@@ -17,19 +17,21 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from ftray.config import Run
 from ftray.data.prepare import make_plan, prepare
-from ftray.errors import FtrayError, ModelError, RunError, RunStopped
+from ftray.errors import ConfigError, FtrayError, ModelError, RunError, RunStopped
 from ftray.manifest import join, write_text
-from ftray.session import cause_of, in_a_job, ray_session, stand_aside, usable_cpus
+from ftray.model.shapes import Shapes
+from ftray.session import cause_of, in_a_job, in_the_users_process, ray_session, stand_aside, usable_cpus
 from ftray.train import commits, native, nodes
 from ftray.train.board import Board, BoardChannel
 from ftray.train.identity import identity, refuse_other_run
-from ftray.train.places import wait_for_places
-from ftray.train.watch import Retries, Watch, end_all
+from ftray.train.lease import driving, refuse_driver
+from ftray.train.places import refuse_guessed_cpus, wait_for_places
+from ftray.train.watch import Retries, Watch, end_all, wait_out
 
 Emit = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.2
@@ -54,11 +56,15 @@ def train(
     """
     started = time.perf_counter()
     preflight(run)
-    with ray_session(verbose=verbose, cpus=local_cpus(run)):
+    with ExitStack() as session:
+        session.enter_context(ray_session(verbose=verbose, cpus=local_cpus(run)))
+        worker_resources(run)
+        _refuse_on_nodes(run)
+        session.enter_context(lead(run, on_event, stop))
         if committed := commits.newest_identity(run.folder):
             refuse_other_run(committed, identity(run, make_plan(run).digest), run.folder)
         write_text(join(run.folder, "run.yaml"), run.to_yaml())
-        nodes.refuse_unshared({"output": run.folder, "data.cache": run.data.cache or run.folder})
+        check_cluster(run, on_event)
         data_uri = prepare(run, _until(stop, on_event, run.folder))
         _compile_on_nodes(run, on_event)
         _until(stop, on_event, run.folder)({"kind": "status", "text": f"starting {workers_in_words(run)}"})
@@ -83,19 +89,47 @@ def write_summary(run: Run, summary: dict[str, Any], seconds: float) -> None:
 
 
 def preflight(run: Run) -> None:
-    """What can be known before Ray starts. Raises UserError where the method does not fit the base, or this machine, if
-    it is the one that trains, lacks what offload needs."""
+    """What can be known before Ray starts. Raises UserError where the method does not fit the base, where what the run
+    leaves would go with its job, or where this machine, if it is the one that trains, lacks what offload needs;
+    RunError where another process of it leads this run."""
     from ftray.model.plan import make_plan as make_memory_plan
-    from ftray.model.source import find_shapes
 
-    try:
-        shapes, _ = find_shapes(run.model)
-    except ModelError:  # its config.json is not at hand here; the workers will see
-        shapes = None
-    if shapes is not None:
+    nodes.refuse_package(nodes.folders_of(run))
+    refuse_driver(run.folder)
+    if (shapes := _shapes(run)) is not None:
         make_memory_plan(run, shapes)
     if not in_a_job():
         native.refuse_nvme(run)
+
+
+def _shapes(run: Run) -> Shapes | None:
+    """Of the base; None where its config.json is not at hand here: the workers will see."""
+    from ftray.model.source import find_shapes
+
+    try:
+        return find_shapes(run.model)[0]
+    except ModelError:
+        return None
+
+
+def check_cluster(run: Run, on_event: Emit) -> None:
+    """What can be known once Ray is there. Raises ConfigError where the workers would be without GPUs by a guess,
+    RunError where the nodes do not see the same files."""
+    import ray
+
+    if in_a_job() and in_the_users_process():
+        shapes = _shapes(run)
+        parameters = shapes.parameters if shapes else None
+        if warning := refuse_guessed_cpus(run.workers.gpus, ray.cluster_resources(), parameters):
+            on_event({"kind": "warning", "text": warning})
+    nodes.refuse_unshared(nodes.folders_of(run))
+
+
+def lead(run: Run, on_event: Emit, stop: threading.Event) -> AbstractContextManager[None]:
+    """Be the one that leads `run`; see `ftray.train.lease`. Needs a Ray session."""
+    return driving(
+        run.folder, lambda text: on_event({"kind": "status", "text": text}), stop, commanded=in_the_users_process()
+    )
 
 
 def _until(stop: threading.Event, on_event: Emit, folder: str) -> Emit:
@@ -118,19 +152,30 @@ def local_cpus(run: Run) -> int:
     return max(usable_cpus(), run.workers.most)
 
 
+def _refuse_on_nodes(run: Run) -> None:
+    """Raises ConfigError where a machine lacks what offload takes: tools to compile, a place for what goes to NVMe."""
+    if names := native.parts(run):
+        nodes.on_each(_nodes_of_workers(run), native.refuse_nvme, run)
+        nodes.on_each(_nodes_of_workers(run), native.refuse_without_tools, names)
+
+
 def _compile_on_nodes(run: Run, on_event: Emit) -> None:
     """Compile what offload needs of DeepSpeed, once on each machine, before workers wait for it. Raises RunError, and
-    ConfigError where a machine has no place for what goes to NVMe."""
+    ConfigError where a machine that came meanwhile lacks what it takes."""
     names = native.parts(run)
     if not names:
         return
-    here = nodes.working_nodes()
-    if gpus_of_a_worker(run):
-        here = [node for node in here if node["Resources"].get("GPU")]
-    nodes.on_each(here, native.refuse_nvme, run)
+    _refuse_on_nodes(run)
+    here = _nodes_of_workers(run)
     if any(nodes.on_each(here, native.missing, names)):
         on_event({"kind": "status", "text": _COMPILING[names[-1]]})
         nodes.on_each(here, native.compile_parts, names)
+
+
+def _nodes_of_workers(run: Run) -> list[dict[str, Any]]:
+    """Those that workers may be placed on."""
+    here = nodes.working_nodes()
+    return [node for node in here if node["Resources"].get("GPU")] if gpus_of_a_worker(run) else here
 
 
 _COMPILING = {
@@ -158,7 +203,7 @@ def _fit(
     config = {"run": run.dump(), "data": data_uri, "board": board, "threads": int(resources["CPU"])}
     config |= {"folder": os.getcwd(), "waits": released is not None}
     tell = _Told(on_event)
-    retries, restarts = Retries(run.workers.retries), 0
+    retries, restarts, seen = Retries(run.workers.retries), 0, set[str]()
     waits_until = time.monotonic() + run.workers.wait_seconds
     with _relay(board, tell, stop, released or (lambda: 0)), _silent(not verbose):
         for group in itertools.count():
@@ -172,6 +217,7 @@ def _fit(
                 folder=run.folder,
                 tell=tell.status,
             )
+            nodes.refuse_unshared(nodes.folders_of(run), seen)  # they may have come a moment ago
             ray.get(board.open.remote(group))
             with Watch(board, run, resources, size, tell) as watch:
                 told = config | {"group": group, "restarts": restarts}
@@ -182,17 +228,20 @@ def _fit(
             summary = outcome["summary"]
             if summary is not None and (stop.is_set() or summary["reason"] != "stopped"):
                 return summary
-            members, restarts = ray.get(board.members.remote()), 0
+            members, restarts = ray.get(board.close.remote()), 0
             if summary is None:
-                end_all(members)
+                left = end_all(members)
                 if stop.is_set():
                     raise _stopped(run)
                 before = getattr(failure, "controller_failure", None)
                 if before is not None and isinstance(cause := cause_of(before), FtrayError):
                     raise cause  # what stops a group before its loop begins stops the next one too
-                if not _no_places(failure) and not retries.another(commits.steps_of(run.folder)[-1:]):
+                if not _may_start_again(run, failure, retries, waits_until):
                     raise _cause(failure, watch.causes + outcome["crashes"], run)
                 tell.status(watch.account(failure))
+                wait_out(lambda: ray.get(board.lives.remote()), left, stop, tell.status)
+                if stop.is_set():
+                    raise _stopped(run)
                 restarts = retries.used
             if members:  # the wait that is limited is that of a run that stands still
                 waits_until = time.monotonic() + run.workers.wait_seconds
@@ -239,6 +288,7 @@ def _fit_group(
                 backend="nccl" if use_gpu else "gloo",
                 timeout_s=math.ceil(run.workers.stall_seconds + 60),
                 board=config["board"],
+                group=config["group"],
             ),
         )
         try:
@@ -258,8 +308,17 @@ def _no_places(failure: Exception | None) -> bool:
     return "StartupTimeout" in type(getattr(failure, "controller_failure", None)).__name__
 
 
+def _may_start_again(run: Run, failure: Exception | None, retries: Retries, waits_until: float) -> bool:
+    """Whether another group may follow one that failed. That its places were gone counts as a failure only once the
+    time for waiting has passed: places may look free, and never be."""
+    if _no_places(failure) and time.monotonic() < waits_until:
+        return True
+    return retries.another(commits.steps_of(run.folder)[-1:])
+
+
 def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
-    """(resources of one worker, whether it has GPUs), from the run file and what the cluster has."""
+    """(resources of one worker, whether it has GPUs), from the run file and what the cluster has. Raises ConfigError
+    where that can never be enough."""
     import ray
 
     cluster = ray.cluster_resources()
@@ -272,8 +331,9 @@ def worker_resources(run: Run) -> tuple[dict[str, float], bool]:
     for name, each in resources.items() if not in_a_job() else []:  # to a cluster, nodes may come yet
         have, least = cluster.get(name, 0), run.workers.least
         if each * least > have:
-            raise RunError(
-                f"{least} workers × {each:g} {name} = {each * least:g}, the cluster has {have:g}",
+            workers = f"{least} worker{'s' if least > 1 else ''}"
+            raise ConfigError(
+                f"{workers} × {each:g} {name} = {each * least:g}, the cluster has {have:g}",
                 where="workers",
                 hint=f"lower workers.{'min' if run.workers.elastic else 'count'}, or what each worker asks for",
             )

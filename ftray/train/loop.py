@@ -14,7 +14,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,18 +22,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftray.config import Run
+from ftray.config.training import COMMIT_SECONDS
 from ftray.data.order import Order, assign
 from ftray.data.prepared import PreparedData, Rows
 from ftray.data.tokenizer import load_tokenizer
-from ftray.errors import RunError
+from ftray.errors import ArtefactError, RunError
 from ftray.model.load import elements, load_base
 from ftray.model.methods import attach
 from ftray.storage import reached
-from ftray.train import commits
-from ftray.train.artefact import pass_frozen, write_artefact
+from ftray.train import artefact, commits
 from ftray.train.commits import Commit, Progress
 from ftray.train.dpo import PreferenceLoss
 from ftray.train.feed import Feed, StepRows
@@ -55,6 +55,7 @@ class Channel(Protocol):
     def stop_requested(self) -> bool: ...
 
 
+_EARLY = "early stopping"
 _HeldOut = tuple[float, int, dict[str, float]]
 """Mean loss, target tokens, what else the objective tells."""
 
@@ -158,6 +159,10 @@ class _Worker:
         )
         self.progress = Progress()
         self.committed: int | None = None
+        self.committed_at = time.monotonic()
+        """When the last commit began to count, or the loop began."""
+        self.overdue = False
+        """Rank 0 has not committed for long; all workers know it, or none."""
 
     # ------------------------------------------------------------------------------------------------------- resuming
 
@@ -168,6 +173,8 @@ class _Worker:
             self.strategy.load(self.found)
             self.progress = self.found.progress
             self.committed = self.resumed_from = self.progress.step
+            if self.progress.finished == _EARLY and not self._stops_early():
+                self.progress.finished = None  # it has more patience now
         self.found, self.first_step = None, self.progress.step
         if self.world.is_first:
             self.log = MetricsLog(self.run.folder, self.progress.metrics_bytes)
@@ -187,32 +194,49 @@ class _Worker:
         )
         if self.resumed_from is not None:
             self.emit(kind="resume", step=self.resumed_from)
+            self._forget_lost_best()
+
+    def _forget_lost_best(self) -> None:
+        """A best commit that is gone (set aside, or not kept by the part before) would be none to make the artefact of:
+        the best is looked for among those to come."""
+        progress, best = self.progress, self.progress.best_step
+        if not self.run.train.keep_best or progress.finished or best in (None, progress.step):
+            return
+        gone = self.world.is_first and not commits.counts(commits.place_of(self.run.folder, best))
+        if self.world.sum(float(gone))[0]:
+            self.warn(f"the commit of the best step, {best:,}, is gone; the best is looked for anew from here")
+            progress.best_loss = progress.best_step = None
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        progress, train = self.progress, self.run.train
+        progress = self.progress
         upcoming = self.feed.steps(progress.cursor, self.steps - progress.step)
-        stop = False
+        self.committed_at, stop = time.monotonic(), False
         with contextlib.closing(upcoming), self.writer:  # type: ignore[type-var]
             while not progress.finished:
                 self.written()
                 if self._evaluation_due():
                     self.evaluate()
                     stop = self.world.sum(float(self.channel.stop_requested()))[0] > 0 or stop
-                if train.early_stopping and progress.since_best >= train.early_stopping.patience:
-                    progress.finished = "early stopping"
+                if self._stops_early():
+                    progress.finished = _EARLY
                 if progress.step >= self.steps:
                     progress.finished = "finished"
                 if progress.finished or stop or self._commit_due():
                     self.commit(wait=bool(progress.finished) or stop)
                 if progress.finished or stop:
                     break
-                stop = self.step(next(upcoming))
+                stop = self.step(upcoming)
 
-    def step(self, rows: StepRows) -> bool:
-        """One optimizer step. True when the run was asked to stop."""
-        started = time.perf_counter()
+    def _stops_early(self) -> bool:
+        early = self.run.train.early_stopping
+        return early is not None and self.progress.since_best >= early.patience
+
+    def step(self, upcoming: Iterator[StepRows]) -> bool:
+        """One optimizer step, which takes as long as its rows are waited for too. True when the run was asked to
+        stop."""
+        started, rows = time.perf_counter(), next(upcoming)
         progress, run = self.progress, self.run
         rate = run.train.learning_rate * rate_factor(run.train.schedule, progress.step, self.steps)
         seeds = [mix(run.seed, progress.step, self.world.rank, i) for i in range(len(rows.micro_batches))]
@@ -220,8 +244,9 @@ class _Worker:
         losses = torch.stack(sums).tolist()
         if progress.step <= self.first_step + 1:  # in the middle of a step, gradients and all; the first makes states
             self.state_memory = self.strategy.held()
-        wish = float(self.channel.stop_requested())
-        loss_sum, stop, *taken = self.world.sum(sum(losses), wish, *self.objective.take())
+        wishes = float(self.channel.stop_requested()), float(self._overdue())
+        loss_sum, stop, overdue, *taken = self.world.sum(sum(losses), *wishes, *self.objective.take())
+        self.overdue = overdue > 0
         loss = loss_sum / rows.divisor
         norm = self.strategy.update(rate, apply=math.isfinite(loss))
         if finite := math.isfinite(loss) and math.isfinite(norm):
@@ -257,9 +282,13 @@ class _Worker:
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        bad = [ids for ids, value in zip(rows.row_ids, losses, strict=True) if not math.isfinite(value)]
-        mine = [self.data.train.provenance(int(i)) for ids in (bad or rows.row_ids) for i in ids]
-        names = [name for part in self.world.gather(mine) for name in part]
+        mine = [
+            ([self.data.train.provenance(int(i)) for i in ids], math.isfinite(value))
+            for ids, value in zip(rows.row_ids, losses, strict=True)
+        ]
+        told = [each for part in self.world.gather(mine) for each in part]
+        bad = [names for names, finite in told if not finite]  # none: a gradient is to blame
+        names = [name for names in bad or [names for names, _ in told] for name in names]
         reason = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
         self.emit(kind="skip", step=progress.step, rows=names, reason=reason)
         if progress.skipped_in_a_row > self.run.train.max_skipped:
@@ -280,17 +309,19 @@ class _Worker:
         return at_ends or (every is not None and progress.step % every == 0)
 
     def evaluate(self) -> None:
-        """Mean loss on the held-out rows, over all workers; keeps track of the best. Before the first step it is the
-        base's own, without virtual tokens; all other methods start from it."""
+        """Mean loss on the held-out rows, over all workers; keeps track of the best step, and of whether the loss still
+        falls. Before the first step it is the base's own, without virtual tokens; all other methods start from it."""
         started, progress = time.perf_counter(), self.progress
         assert self.data.held_out is not None
         loss, targets, figures = self._held_out_loss(self.data.held_out)
         progress.evaluated_at = progress.step
         if progress.step == 0:
             progress.base_loss = loss
+        elif math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_step = loss, progress.step
         margin = self.run.train.early_stopping.min_improvement if self.run.train.early_stopping else 0.0
-        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss - margin):
-            progress.best_loss, progress.best_step, progress.since_best = loss, progress.step, 0
+        if math.isfinite(loss) and (progress.to_beat is None or loss < progress.to_beat - margin):
+            progress.to_beat, progress.since_best = loss, 0
         else:
             progress.since_best += 1
         progress.final_loss = loss
@@ -335,7 +366,12 @@ class _Worker:
             return True
         if train.commit_every:
             return progress.step % train.commit_every == 0
-        return progress.evaluated_at == progress.step
+        return progress.evaluated_at == progress.step or self.overdue
+
+    def _overdue(self) -> bool:
+        """Rank 0's wish for a commit. One that is still being written is waited for by no step."""
+        late = time.monotonic() - self.committed_at >= COMMIT_SECONDS
+        return late and self.world.is_first and not self.writer.busy
 
     def commit(self, *, wait: bool) -> None:
         """Take a commit, after every worker has come here, and begin to write it; with `wait` it counts at the end.
@@ -365,6 +401,7 @@ class _Worker:
         """Tell of the commit under way once it counts. Raises RunError where it could not be written."""
         if done := self.writer.done(wait=wait):
             step, where = done
+            self.committed_at = time.monotonic()
             self.emit(kind="commit", step=step, folder=where)
 
     # ------------------------------------------------------------------------------------------------------ finishing
@@ -377,21 +414,43 @@ class _Worker:
         if progress.finished:
             frozen = self.strategy.frozen()
             if self.world.is_first:
-                step = progress.best_step if self.run.train.keep_best and progress.best_step else progress.step
-                if progress.best_step == 0:
-                    self.warn("no evaluation was better than the base's; the artefact is of the last step")
-                trained = commits.read(commits.place_of(self.run.folder, step)).state.model
-                summary["artefact_step"] = step
-                with self.equipment.lend() as model:
-                    summary["artefact"] = write_artefact(self.run, model, trained, frozen, self.data, summary)
+                self._leave_artefact(summary, frozen)
             else:
-                pass_frozen(self.run, frozen)
+                artefact.pass_frozen(self.run, frozen)
         self.emit(kind="end", reason=reason)
         if self.log:
             self.log.close()
         self.world.barrier()
         self.strategy.close()
         return summary
+
+    def _leave_artefact(self, summary: dict[str, Any], frozen: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the artefact and tell the summary what it is. Where the best commit is lost, an artefact of that step
+        which is there already stays; else it is of the last."""
+        progress, folder = self.progress, self.run.folder
+        step = progress.meant(self.run.train.keep_best)
+        trained: Mapping[str, Tensor] | None = None
+        try:
+            trained = commits.read(commits.place_of(folder, step)).state.model
+        except ArtefactError as error:
+            if step == progress.step:
+                raise
+            lost = f"the commit of the best step, {step:,}, is lost ({error.what})"
+            if artefact.step_and_loss(folder) == (step, progress.best_loss):
+                self.warn(f"{lost}; the artefact that was made of it stays")
+                artefact.pass_frozen(self.run, frozen)
+            else:
+                self.warn(f"{lost}; the artefact is of the last step, {progress.step:,}")
+                step = progress.step
+                trained = commits.read(commits.place_of(folder, step)).state.model
+        summary["artefact"] = artefact.place_of(folder)
+        summary["artefact_step"], summary["artefact_loss"] = step, progress.loss_at(step)
+        best, base = progress.best_loss, progress.base_loss
+        if base is not None and (best is None or best >= base):
+            self.warn(f"no evaluation was better than the base's; the artefact is of step {step:,} all the same")
+        if trained is not None:
+            with self.equipment.lend() as model:
+                artefact.write_artefact(self.run, model, trained, frozen, self.data, summary)
 
     def _summary(self, reason: str) -> dict[str, Any]:
         progress = self.progress
@@ -400,6 +459,7 @@ class _Worker:
             "folder": self.run.folder,
             "artefact": None,
             "artefact_step": None,
+            "artefact_loss": None,
             "method": self.run.method.name,
             "reason": reason,
             "steps": progress.step,
@@ -416,7 +476,7 @@ class _Worker:
             "target_tokens": progress.target_tokens,
             "target_tokens_per_second": progress.target_tokens / max(progress.train_seconds, 1e-9),
             "skipped_steps": progress.skipped,
-            "peak_memory_gib": peak_memory_gib(self.world.device),
+            "peak_memory_gib": max(self.world.gather(peak_memory_gib(self.world.device))),
             "state_memory": self.world.gather(self.state_memory),
             "unquantized": self.equipment.unquantized,
         }

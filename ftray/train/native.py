@@ -54,11 +54,11 @@ def missing(names: list[str]) -> list[str]:
 
 
 def compile_parts(names: list[str]) -> None:
-    """Compile those of `names` that are missing; another process that does the same waits. Raises RunError where the
-    machine lacks what it takes."""
+    """Compile those of `names` that are missing; another process that does the same waits. Raises RunError where that
+    fails, ConfigError where this machine lacks what it takes."""
     if not missing(names):
         return
-    _refuse_without_tools(names)
+    refuse_without_tools(names)
     import deepspeed.ops.op_builder as builders
 
     for name in names:
@@ -89,7 +89,10 @@ def _folder(name: str) -> Path:
     return Path(_get_build_directory(name, verbose=False))
 
 
-def _refuse_without_tools(names: list[str]) -> None:
+def refuse_without_tools(names: list[str]) -> None:
+    """Raises ConfigError where this machine lacks what it takes to compile those of `names` that are missing."""
+    if not (names := missing(names)):
+        return
     if not shutil.which("ninja"):  # pip's lies beside Python, where a shell may not look
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     absent = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if not shutil.which(tool)]
@@ -99,8 +102,9 @@ def _refuse_without_tools(names: list[str]) -> None:
         if not AsyncIOBuilder().is_compatible():
             absent.append("libaio with its headers")
     if absent:
-        raise RunError(
-            f"offload compiles DeepSpeed's {' and '.join(names)}, and this machine has no {', no '.join(absent)}",
+        raise ConfigError(
+            f"offload compiles DeepSpeed's {' and '.join(names)}, and {socket.gethostname()} has no"
+            f" {', no '.join(absent)}",
             where="strategy",
             hint="install them (Debian: apt install g++ ninja-build libaio-dev), or set strategy.offload_* to none",
         )

@@ -7,9 +7,13 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ftray.config import Run
 from ftray.errors import FtrayError, RunError
+from ftray.jobs.luggage import Luggage
 from ftray.manifest import filesystem, is_local, join, write_text
-from ftray.session import cause_of
+from ftray.session import cause_of, in_a_package
+
+_TRIES = 3
 
 
 def working_nodes() -> list[dict[str, Any]]:
@@ -34,12 +38,46 @@ def on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *a
         raise cause if isinstance(cause, FtrayError) else error from None
 
 
-def refuse_unshared(folders: Mapping[str, str]) -> None:
-    """Raises RunError where a node does not see what is written into one of `folders` here: a run's workers go on from
-    the same commits and read the same prepared rows. `folders`: path or URI by the key of the run file."""
-    nodes = working_nodes()
-    if len(nodes) < 2:
-        return
+def folders_of(run: Run) -> dict[str, str]:
+    """What all nodes of a run write and read: path or URI by the key of the run file."""
+    return {"output": run.folder, "data.cache": run.data.cache or run.folder}
+
+
+def refuse_package(folders: Mapping[str, str]) -> None:
+    """Raises ConfigError for a relative path in a job's own folder, which Ray removes after the job. `folders` as of
+    `folders_of`."""
+    for key, folder in folders.items() if in_a_package() else []:
+        hint = f"write to storage that all hosts share: {key}=s3://bucket/{{name}}, or an absolute path on NFS"
+        Luggage().check_output(folder, key, hint)
+
+
+def refuse_unshared(folders: Mapping[str, str], seen: set[str] | None = None) -> None:
+    """Raises RunError where another node does not see what is written into one of `folders` here: a run's workers go on
+    from the same commits and read the same prepared rows. `folders` as of `folders_of`; `seen`: ids of nodes that were
+    asked before, and are not asked again."""
+    from ray.exceptions import RayError
+
+    seen = set() if seen is None else seen
+    for _ in range(_TRIES):
+        others = _others(seen)
+        if not others:
+            return
+        try:
+            _refuse_unshared(folders, others)
+        except RayError:  # one of them was lost meanwhile: ask the others
+            continue
+        seen.update(node["NodeID"] for node in others)
+
+
+def _others(seen: set[str]) -> list[dict[str, Any]]:
+    """Working nodes that this process does not run on, without those `seen`. A driver's own node may have no work."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return [node for node in working_nodes() if node["NodeID"] != here and node["NodeID"] not in seen]
+
+
+def _refuse_unshared(folders: Mapping[str, str], nodes: Sequence[Mapping[str, Any]]) -> None:
     marks = {key: join(folder, f".seen-{uuid.uuid4().hex}") for key, folder in folders.items()}
     try:
         for mark in marks.values():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ftray.errors import RunError, RunStopped
+from ftray.errors import ConfigError, RunError, RunStopped
 
 Resources = dict[str, float]
 """Of one worker, by Ray's names: CPU, GPU."""
@@ -15,6 +15,8 @@ SETTLE_SECONDS = 10.0
 """How long fewer places than could be are looked at before workers start on them: nodes seldom come, and places are
 seldom given back, all at once."""
 _POLL_SECONDS = 0.25
+_LARGE = 10**9
+"""Parameters of a base that nobody trains on CPUs without saying so."""
 
 
 class Places:
@@ -87,6 +89,23 @@ def wait_for_places(
             time.sleep(_POLL_SECONDS)
     finally:
         places.give_back()
+
+
+def refuse_guessed_cpus(gpus: float | str, cluster: Mapping[str, float], parameters: int | None) -> str | None:
+    """What `workers.gpus: auto` comes to on a cluster that has no GPU now, though machines with GPUs may come yet: a
+    warning, None where nobody guesses. Raises ConfigError where CPUs would be no more than a guess: before any node
+    with work is there, as where an autoscaler starts them, and for a large base. `cluster`: its resources;
+    `parameters`: of the base, None where it is not known."""
+    if gpus != "auto" or cluster.get("GPU"):
+        return None
+    hint = "set workers.gpus=1 to wait for GPUs, workers.gpus=0 to train on CPUs"
+    if not cluster.get("CPU"):
+        told = "it is auto, and the cluster has no GPU now, nor any node with work: which kind will come is not known"
+        raise ConfigError(told, where="workers.gpus", hint=hint)
+    if parameters is not None and parameters >= _LARGE:
+        told = f"it is auto, and the cluster has no GPU now: {parameters / 1e9:.1f} billion parameters, on CPUs?"
+        raise ConfigError(told, where="workers.gpus", hint=hint)
+    return f"the cluster has no GPU now, so the workers take CPUs; {hint}"
 
 
 def missing(each: Resources, least: int, ready: int, limit: float, nodes: str) -> str:

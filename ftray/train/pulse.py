@@ -1,7 +1,8 @@
 """A worker's sign of life: a thread that tells the board, once a second, how far the loop has come. No torch.
 
-It is a lease as well: a worker that cannot reach the board any more, or whose group was followed by another, ends. So a
-node that was cut off and comes back never writes into the run's folder beside those who took over.
+It is a lease as well: a worker that cannot reach the board any more, or whose group is over, ends. Who writes into the
+run's folder after it waits until that time has passed (`ftray.train.watch.wait_out`), so a node that was cut off, or
+comes back, never writes beside those who took over.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 60.0
-"""A worker that says nothing for so long hangs as a whole; one that hears nothing for so long ends itself."""
+"""A worker that says nothing for so long hangs as a whole; one that hears nothing for so long ends itself. No less than
+Ray bears of a node that does not answer (RAY_health_check_…: five times ten seconds, and the pauses between): a shorter
+cut would cost a start of the workers though Ray had waited for them. No more than a run should stand still because the
+machine that wrote its commits is gone."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,17 @@ def birth(pid: int) -> float:
         return psutil.Process(pid).create_time()
 
 
+def lives(pid: int, born: float) -> bool:
+    """Whether the process that began then still runs: not a later one of its number, nor one that is dead and was not
+    taken leave of."""
+    import psutil
+
+    try:
+        return birth(pid) == born and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end_process(pid: int, born: float) -> bool:
     """Kill the process, stopped or not, if it is still the one that was meant; whether it is gone."""
     import psutil
@@ -89,7 +104,7 @@ def end_process(pid: int, born: float) -> bool:
     except psutil.NoSuchProcess:
         return True
     except psutil.TimeoutExpired:
-        return False
+        return not lives(pid, born)
     return True
 
 
@@ -113,12 +128,13 @@ class Pulse:
         import ray
         from ray.exceptions import RayError
 
-        heard = time.monotonic()
+        heard = time.monotonic()  # by the board: no later than this did it last hear of us
         while not self._ended.wait(BEAT_SECONDS):
+            asked = time.monotonic()
             try:
                 told = self._board.beat.remote(self._group, self._rank, self.marks, self.doing)
-                answer = ray.get(told, timeout=SILENT_SECONDS)
-                heard = time.monotonic()
+                answer = ray.get(told, timeout=max(0.0, heard + SILENT_SECONDS - asked))
+                heard = asked
             except RayError:
                 if time.monotonic() - heard < SILENT_SECONDS:
                     continue

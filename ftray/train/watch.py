@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from ftray.config import Run
 from ftray.train.places import SETTLE_SECONDS, Places, Resources, draining, lost_nodes
-from ftray.train.pulse import Life, end_process, hanging
+from ftray.train.pulse import SILENT_SECONDS, Life, end_process, hanging
 
 _LOOK_SECONDS = 1.0
 _KILL_SECONDS = 15.0
+_ENDED_SECONDS = 30.0
+"""How long Ray Train may take to notice that a worker was ended from here; until then it would be found again."""
+_PARTING_SECONDS = 2.0
+"""What a worker may take to end itself once it has heard nothing for SILENT_SECONDS."""
 
 
 class Listener(Protocol):
@@ -79,7 +83,7 @@ class Watch:
             self.causes.append(reason)
             self._tell.status(f"{reason}; it is ended, and the workers start again")
             end_all([life])
-            self._done.wait(5)  # before it could be found again
+            self._done.wait(_ENDED_SECONDS)
             return
         if self._tell.moving or not lives:
             return
@@ -128,23 +132,59 @@ def _first_line(failure: Exception | None) -> str:
     return text.splitlines()[0]
 
 
-def end_all(lives: Iterable[Life]) -> None:
-    """See to it that these processes are gone, so that none of them writes beside those who follow. One on a node that
-    does not answer ends itself once it misses the board; see `ftray.train.pulse`."""
+def end_all(lives: Iterable[Life]) -> list[Life]:
+    """See to it that these processes are gone, so that none of them writes beside those who follow. Returns those of
+    whom it is not known: on a node that does not answer a worker ends itself once it misses the board; see
+    `ftray.train.pulse`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     lives = list(lives)
     unreachable = lost_nodes({life.node for life in lives}) | draining().keys()
     task: Any = ray.remote(num_cpus=0, max_retries=0)(end_process)
-    asked = [
+    asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(life.node, soft=False)).remote(
             life.pid, life.born
-        )
+        ): life
         for life in lives
         if life.node not in unreachable
-    ]
-    if asked:
-        _, late = ray.wait(asked, num_returns=len(asked), timeout=_KILL_SECONDS)
-        for one in late:
-            ray.cancel(one)
+    }
+    answered, late = ray.wait([*asked], num_returns=len(asked), timeout=_KILL_SECONDS) if asked else ([], [])
+    for one in late:
+        ray.cancel(one)
+    gone = {asked[one].rank for one in answered if _is_true(one)}
+    return [life for life in lives if life.rank not in gone]
+
+
+def _is_true(reference: Any) -> bool:
+    """What a task answered; False where its node was lost meanwhile."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return ray.get(reference)
+    except RayError:
+        return False
+
+
+def wait_out(
+    lives: Callable[[], list[Life]], left: Iterable[Life], stop: threading.Event, tell: Callable[[str], None]
+) -> None:
+    """Wait until no worker of a group that is over can write into the run's folder any more. `lives`: those whose loops
+    have not ended, as the board knows them; `left`: those of whom it is not known that they are gone.
+
+    The first worker alone writes. On a machine that cannot be reached, its time is up when it has heard nothing for
+    SILENT_SECONDS: it ends itself then. A machine that is gone costs the same wait, for from here it looks the same.
+    """
+    ranks, told = {life.rank for life in left}, False
+    while writer := next((life for life in lives() if life.rank == 0 and life.rank in ranks), None):
+        seconds = SILENT_SECONDS + _PARTING_SECONDS - writer.silent
+        if seconds <= 0 or stop.is_set():
+            return
+        if not told:
+            told = True
+            tell(
+                f"{writer.where()}, which writes the commits, cannot be reached and may live: waiting {seconds:.0f} s,"
+                " until it has ended by itself"
+            )
+        stop.wait(min(seconds, _LOOK_SECONDS))

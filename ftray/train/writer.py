@@ -47,6 +47,11 @@ class Writer:
         self._troubles: list[str] = []
         self._given_up = threading.Event()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a commit is under way, or nobody was told yet that it counts."""
+        return self._under_way is not None
+
     def begin(self, commit: Commit, *, before: Callable[[], None], after: Callable[[], None]) -> None:
         """Take what `commit` holds, and begin to write it: on the other thread `before`, the commit, `after`. None may
         be under way. Raises RunError where the disk does not take it."""

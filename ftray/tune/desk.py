@@ -10,8 +10,8 @@ from ftray.errors import FtrayError, RunError
 from ftray.session import cause_of
 
 MOST = 16
-"""Trials of one worker at once, if nothing else is asked for. Each has a light actor, which takes 2 s of a core to
-start and 0.11 GiB, and the larger a batch is, the less it gains from one more lane."""
+"""Lanes of one worker at once, if nothing else is asked for. Each has a light actor, which takes 2 s of a core to start
+and 0.11 GiB, and the larger a batch is, the less it gains from one more lane."""
 _AGAIN_SECONDS = 0.2
 _PATIENCE_SECONDS = 180.0
 """How long a worker that was lost may take to come back."""
@@ -28,7 +28,7 @@ class Desk:
     def __init__(self, seats: dict[str, list[Any]], waits: bool) -> None:
         self._seats, self._waits = seats, waits
         self._at: dict[str, Any] = {}
-        self._choosing = asyncio.Lock()
+        self._choosing = {kind: asyncio.Lock() for kind in seats}  # who waits for a lane keeps no run waiting
         self._locks: dict[str, asyncio.Lock] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
@@ -38,7 +38,7 @@ class Desk:
         room. A place that the trial still has is given up first. Raises FtrayError."""
         async with self._locks.setdefault(trial, asyncio.Lock()):
             await self._leave(trial)
-            async with self._choosing:  # who comes next sees this one there
+            async with self._choosing[kind]:  # who comes next sees this one there
                 seat = self._seats[kind][await self._choose(kind)]
                 joined = seat.join.remote(trial, run, waits=self._waits, source=source)
             self._at[trial] = seat
@@ -95,7 +95,7 @@ class Desk:
         """Trials that could run at once on the workers of this kind, at least 1."""
         loads = await asyncio.gather(*(s.load.remote() for s in self._seats[kind]), return_exceptions=True)
         known = [load["lanes"] + load["room"] for load in loads if not isinstance(load, BaseException)]
-        return max(1, sum(min(number, MOST) for number in known))
+        return max(1, sum(min(number, MOST) if kind == "lanes" else number for number in known))
 
     async def stop(self) -> None:
         """The search is to end: trials commit and leave."""

@@ -6,7 +6,8 @@ A search that is taken up again reads nothing else. A line that a crash cut off 
     {"kind": "begin", "index": 7, "steps": 250}                  its rows are prepared, and so its steps are known
     {"kind": "result", "index": 7, "step": 50, "loss": 1.2, …}   an evaluation
     {"kind": "stop", "index": 7, "step": 50}                     the scheduler ended it there
-    {"kind": "change", "index": 7, "parameters": {…}, …}         population based training changed it
+    {"kind": "change", "index": 7, "parameters": {…}, …}         population based training changed it: it goes on
+                                                                 from the commit of step `source_step` of trial `source`
     {"kind": "fail", "index": 7, "error": "…", "aside": true}    it failed; with `aside` for good
     {"kind": "finish", "index": 7, "summary": {…}}               it ran to its end
 """
@@ -24,7 +25,11 @@ from typing import Any, Literal
 import orjson
 
 from ftray.config.search import PLANNED, Search
+from ftray.errors import ArtefactError
 from ftray.manifest import filesystem, is_local, join, read_text, write_text
+
+SOURCE = "source.json"
+"""In a trial's folder: the commit of another trial that it went on from, and the number of that change."""
 
 State = Literal["open", "stopped", "finished", "aside"]
 
@@ -63,15 +68,27 @@ class Trial:
 
     def values(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of a metric at each evaluation, those that are finite."""
+        return self._values(metric, self.results)
+
+    def _values(self, metric: str, results: list[dict[str, Any]]) -> list[tuple[int, float]]:
         if metric in PLANNED:
             return [(self.step, self.planned[metric])] if metric in self.planned else []
-        found = ((r["step"], r.get(metric)) for r in self.results)
+        found = ((r["step"], r.get(metric)) for r in results)
         return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+
+    @property
+    def line(self) -> list[dict[str, Any]]:
+        """Evaluations of the weights that it has: since it was changed last, that of the commit which it went on from,
+        and those after it."""
+        if not self.changes:
+            return self.results
+        change = self.changes[-1]
+        return [*change["taken"], *(r for r in self.results if r["step"] > change["source_step"])]
 
     def best(self, search: Search, which: int = 0) -> tuple[int, float] | None:
         """(step, value) of the best evaluation by metric number `which`; None without one."""
         better = min if search.modes[which] == "min" else max
-        return better(self.values(search.metric[which]), key=lambda pair: pair[1], default=None)
+        return better(self._values(search.metric[which], self.line), key=lambda pair: pair[1], default=None)
 
     def scores(self, search: Search) -> list[float] | None:
         """The best value by each metric, or None where one is missing."""
@@ -79,8 +96,18 @@ class Trial:
         return [pair[1] for pair in found if pair] if all(found) else None
 
 
+def changes_made(folder: str) -> int:
+    """How many changes the commits in a trial's folder have been through."""
+    try:
+        return orjson.loads(read_text(join(folder, SOURCE)))["changes"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return 0
+
+
 class Ledger:
-    """The file, and the trials that follow from it. Writing is safe from any thread."""
+    """The file, and the trials that follow from it. Writing is safe from any thread, and for one process alone, which
+    holds the lease of the folder (`ftray.train.lease`). Raises ArtefactError for a file that is damaged before its last
+    line."""
 
     def __init__(self, folder: str) -> None:
         self.uri = join(folder, "search.jsonl")
@@ -99,10 +126,19 @@ class Ledger:
         except FileNotFoundError:
             raw = b""
         whole = raw[: raw.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            event = orjson.loads(line)
-            self.seconds_before = max(self.seconds_before, event.get("at", 0.0))
-            self._apply(event)
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                event = orjson.loads(line)
+                self._apply(event)
+                self.seconds_before = max(self.seconds_before, event.get("at", 0.0))
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                raise ArtefactError(
+                    f"line {number} is none that a search wrote there: {reason}",
+                    where=self.uri,
+                    hint=f"move line {number} and those after it out of the file: the same command goes on from what is"
+                    " before them, and trials from their own commits",
+                ) from None
         if self._local:
             self._local.parent.mkdir(parents=True, exist_ok=True)
             if len(whole) < len(raw):
@@ -132,7 +168,8 @@ class Ledger:
     def _apply(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind == "trial":
-            assert event["index"] == len(self.trials)
+            if event["index"] != len(self.trials):
+                raise ValueError(f"trial {event['index']} is proposed where trial {len(self.trials)} would be next")
             self.trials.append(Trial(event["index"], event["parameters"], event.get("planned", {})))
             return
         if "index" not in event:
@@ -152,5 +189,9 @@ class Ledger:
             if event["aside"]:
                 trial.state = "aside"
         elif kind == "change":
+            at, source = event.get("source_step", event["step"]), self.trials[event["source"]]
+            taken = [r for r in source.line if r["step"] == at]
+            kept = {key: value for key, value in event.items() if key not in ("kind", "index", "at")}
             trial.parameters = event["parameters"]
-            trial.changes.append({key: value for key, value in event.items() if key not in ("kind", "index", "at")})
+            trial.changes.append(kept | {"source_step": at, "taken": taken})
+            trial.results = [r for r in trial.results if r["step"] <= at]  # what it did after that is undone

@@ -12,12 +12,12 @@ from ftray.config.search import PLANNED, Search
 from ftray.data.order import Order
 from ftray.data.prepare import prepare
 from ftray.data.prepared import PreparedData
-from ftray.errors import ModelError
+from ftray.errors import ConfigError, ModelError
 from ftray.manifest import digest_of, join, write_text
 from ftray.model.plan import make_plan
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
-from ftray.train.sharing import refusal, same_base
+from ftray.train.sharing import difference, refusal, same_base
 
 Kind = Literal["lanes", "runs"]
 
@@ -44,6 +44,15 @@ class Plans:
     def of(self, parameters: dict[str, Any], index: int) -> Planned:
         """Raises ConfigError and ModelError for a run that cannot be."""
         run = self._search.run_of(parameters, index)
+        kind = self._kind(run)
+        if kind == "runs" and self._search.scheduler.name == "pbt":
+            reason = refusal(run) or f"{difference(self._base or run, run)} differs from that of the first"
+            raise ConfigError(
+                f"scheduler pbt: trial {index:04d} cannot be a lane, and only lanes go on from each other's commits:"
+                f" {reason}",
+                where=self._search.name,
+                hint="change that in the run, or take another scheduler",
+            )
         shapes = self._shapes_of(run)
         facts = {}
         if shapes is not None:
@@ -51,7 +60,7 @@ class Plans:
             facts = {"memory": plan.total_gib, "trained": float(plan.trained)}
         elif wanted := [name for name in self._search.metric if name in PLANNED]:
             raise ModelError(f"metric {wanted[0]} needs the shape of the base", where=run.model.path)
-        return Planned(run, self._kind(run), facts)
+        return Planned(run, kind, facts)
 
     def _shapes_of(self, run: Run) -> Shapes | None:
         key = digest_of(run.model.model_dump(mode="json"))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -124,14 +125,8 @@ class Recorded(TrialScheduler):
             return
         self._configs[trial.trial_id] = trial.config
         index = self._index(trial)
-        states = random.getstate(), np.random.get_state()
-        random.seed(mix(self._search.seed, index))
-        np.random.seed(mix(self._search.seed, index) % 2**32)  # which bracket it comes to is a function of its number
-        try:
+        with drawing(self._search.seed, index):  # which bracket it comes to is a function of its number
             self._inner.on_trial_add(tune_controller, trial)
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         index = self._index(trial)
@@ -146,7 +141,8 @@ class Recorded(TrialScheduler):
         if step <= self._replayed.get(index, 0):
             return self._judge_again(tune_controller, trial, result)
         self._record(index, result)
-        decision = self._inner.on_trial_result(tune_controller, trial, finite(result, self._search))
+        with drawing(self._search.seed, index, step):  # and so is what a trial is changed to
+            decision = self._inner.on_trial_result(tune_controller, trial, finite(result, self._search))
         self._note_changes(tune_controller)
         if decision == self.STOP:
             self._stop(index, step)
@@ -241,17 +237,38 @@ class Recorded(TrialScheduler):
             return
         for trial in tune_controller.get_trials():
             mine = self._configs[trial.trial_id]
-            if trial.config is mine or trial.config["parameters"] == mine["parameters"]:
+            source = trial.config["index"]
+            if source == mine["index"]:
                 continue
-            source, known = trial.config["index"], self._ledger.trials[mine["index"]]
-            trial.config = self._configs[trial.trial_id] = mine | {"parameters": trial.config["parameters"]}
+            known, parameters = self._ledger.trials[mine["index"]], trial.config["parameters"]
+            at = next(s for t, s in self._inner._trial_state.items() if self._index(t) == source).last_train_time
             if known.state == "open":
-                parameters = trial.config["parameters"]
-                self._ledger.write("change", index=known.index, parameters=parameters, step=known.step, source=source)
+                told = {"parameters": parameters, "step": known.step, "source": source, "source_step": at}
+                self._ledger.write("change", index=known.index, **told)
                 self._on_event({"kind": "trial_changed", "index": known.index, "parameters": parameters})
+            for steps in (self._seen, self._replayed):  # what it reports from here on is new
+                steps[known.index] = min(steps.get(known.index, 0), at)
+            trial.config = self._configs[trial.trial_id] = mine | {
+                "parameters": parameters,
+                "changes": len(known.changes),
+                "replay": json.dumps(known.results),
+            }
 
     def _index(self, trial: Any) -> int:
         return self._configs[trial.trial_id]["index"]
+
+
+@contextmanager
+def drawing(*seed: int) -> Iterator[None]:
+    """What is drawn at random inside, by Tune's schedulers too, is a function of these numbers."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(mix(*seed))
+    np.random.seed(mix(*seed) % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def reported(result: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ftray.config import Run
 from ftray.data.prepare import prepare
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.session import cause_of, usable_cpus
-from ftray.train.launch import gpus_of_a_worker, preflight, tracked, write_summary
+from ftray.train.launch import check_cluster, gpus_of_a_worker, lead, preflight, tracked, write_summary
 from ftray.train.sharing import difference, refusal
 
 _POLL_SECONDS = 0.2
@@ -48,12 +48,21 @@ def train_together(runs: Sequence[Run], *, on_event: OnEvent, stop: threading.Ev
     """Train the runs, or go on with them, as lanes of one base; returns each one's outcome by its name. Needs a Ray
     session. `on_event` gets a run's name with each event; setting `stop` makes every run commit and end.
 
-    A run that fails fails alone. The process that holds the base is started again when it dies, as often as the run
-    with the fewest `workers.retries` allows, and each run goes on from its last commit.
+    A run for which there is no room in memory waits until others have ended. A run that fails fails alone. The process
+    that holds the base is started again when it dies, as often as the run with the fewest `workers.retries` allows, and
+    each run goes on from its last commit.
     """
-    began = time.perf_counter()
     check_together(runs)
+    with contextlib.ExitStack() as led:
+        for run in runs:
+            led.enter_context(lead(run, _named(on_event, run.name), stop))
+        return _train_together(runs, on_event, stop)
+
+
+def _train_together(runs: Sequence[Run], on_event: OnEvent, stop: threading.Event) -> dict[str, Outcome]:
+    began = time.perf_counter()
     for run in runs:
+        check_cluster(run, _named(on_event, run.name))
         prepare(run, _named(on_event, run.name))
         if stop.is_set():
             raise RunStopped("stopped before the first step", hint="the same command begins again")
@@ -102,10 +111,10 @@ def _with_a_host(
 
             while joined or waiting:
                 done, _ = ray.wait([*joined, *waiting], num_returns=1, timeout=_POLL_SECONDS)
-                here = [name for name in by_name if name not in outcomes and name not in joined.values()]
-                pass_on(here)
-                if stop.is_set() and not asked and not joined:
-                    ray.get([host.stop.remote(name) for name in here])
+                left = [name for name in by_name if name not in outcomes]
+                pass_on(left)
+                if stop.is_set() and not asked:
+                    ray.get([host.stop.remote(name) for name in left])
                     asked = True
                 for reference in done:
                     is_here = reference in waiting

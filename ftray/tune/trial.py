@@ -15,6 +15,7 @@ from ftray.errors import FtrayError, UserError
 from ftray.manifest import read_text, write_text
 from ftray.session import cause_of
 from ftray.tune.desk import NotHere
+from ftray.tune.ledger import SOURCE, changes_made
 
 _LOST_WORKERS = 8
 """Times that a trial may lose its worker, and the trials with it, before it counts as the trial's failure."""
@@ -26,7 +27,8 @@ class Interrupted(Exception):
 
 class Follower(Trainable):
     """`config`: index, parameters, kind (`lanes` or `runs`), steps, failures so far, the results that the ledger has
-    (replayed first), how the trial ended if it has, and a commit of another trial that it is to go on from.
+    (replayed first), how the trial ended if it has, how often population based training changed it, and a commit of
+    another trial that it is to go on from.
 
     Each step of Tune's is an evaluation. The last one comes with the run's summary; a failure is a report too, so that
     the ledger has it before anything is tried again.
@@ -54,7 +56,8 @@ class Follower(Trainable):
         self._last: dict[str, Any] = {}
         self._seat: Any = None
         self._unreported: list[dict[str, Any]] | None = None
-        self._source = self._unless_taken(config["source"])
+        self._changes: int = config["changes"]
+        self._source: str | None = config["source"]
         self._lost = 0
 
     def step(self) -> dict[str, Any]:
@@ -94,7 +97,8 @@ class Follower(Trainable):
             try:
                 if self._seat is None:
                     if self._unreported is None:
-                        self._unreported = self._evaluations()
+                        # of weights that it is to give up nobody need hear
+                        self._unreported = self._evaluations() if self._source is None else []
                     if self._unreported:
                         return self._unreported.pop(0)
                     run = self._search.run_of(self._parameters, self._index)
@@ -111,7 +115,7 @@ class Follower(Trainable):
         """Evaluations in the run's own metrics that nobody heard of: a worker may be lost, or the search ended, between
         a commit and what it had to tell. The run, going on from that commit, would not make them again."""
         try:
-            lines = read_text(f"{self._search.trial_folder(self._index)}/metrics.jsonl").splitlines(keepends=True)
+            lines = read_text(f"{self._folder}/metrics.jsonl").splitlines(keepends=True)
         except FileNotFoundError:
             return []
         events = [json.loads(line) for line in lines if line.endswith("\n") and '"evaluation"' in line]
@@ -147,31 +151,33 @@ class Follower(Trainable):
     # ------------------------------------------------------------------------------- pauses, and weights from another
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        if self._seat is None:
-            return {"trial": self._name, "commit": None}
-        try:
-            return {"trial": self._name, "commit": self._get(self._seat.commit.remote(self._name))}
-        except (Interrupted, RayError, FtrayError):  # its older commits are where they are
-            return {"trial": self._name, "commit": None}
+        with suppress(Interrupted, RayError, FtrayError):
+            if self._seat is not None:
+                return {"trial": self._name, "commit": self._get(self._seat.commit.remote(self._name))}
+        return {"trial": self._name, "commit": self._last_commit()}
+
+    def _last_commit(self) -> str | None:
+        """Of the evaluation that was told last; each is told once its commit counts."""
+        from ftray.train import commits  # torch with it: where there is no worker to ask, which is rare
+
+        with suppress(FtrayError):
+            if (step := self._last.get("step")) in commits.steps_of(self._folder):
+                return commits.place_of(self._folder, step)
+        return None
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Its own: the trial's folder has it anyway. Another's: population based training, once."""
-        if checkpoint and checkpoint["trial"] != self._name:
-            self._source = self._unless_taken(checkpoint["commit"])
+        """Its own: the trial's folder has it anyway. Another's: population based training, once a change."""
+        if checkpoint and checkpoint["trial"] != self._name and changes_made(self._folder) < self._changes:
+            self._source = checkpoint["commit"]
 
-    def _source_file(self) -> str:
-        return f"{self._search.trial_folder(self._index)}/source.json"
-
-    def _unless_taken(self, commit: str | None) -> str | None:
-        try:
-            taken = json.loads(read_text(self._source_file()))["commit"]
-        except (FileNotFoundError, ValueError):
-            taken = None
-        return commit if commit != taken else None
+    @property
+    def _folder(self) -> str:
+        return self._search.trial_folder(self._index)
 
     def _note_source(self) -> None:
         if self._source is not None:
-            write_text(self._source_file(), json.dumps({"commit": self._source}) + "\n")
+            told = {"commit": self._source, "changes": self._changes}
+            write_text(f"{self._folder}/{SOURCE}", json.dumps(told) + "\n")
             self._source = None
 
     def cleanup(self) -> None:

@@ -1,0 +1,3 @@
+import pytest
+
+pytest.register_assert_rewrite("tests.engine.crowd")  # what fails there shows its values, as in a test

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from ftray.config import Model
+from ftray.engine.engine import Engine, load_base
+from ftray.engine.options import EngineOptions
+from ftray.model.served import Base
 from ftray.train.loop import train_worker
 from ftray.train.world import World
+from tests.engine.crowd import CONTEXT, Adapters, nothing_is_left
 from tests.toys import MemoryData, Recorder, cheese_rows, toy_run
 
 METHODS = {
@@ -37,3 +44,37 @@ def artefacts(tmp_path_factory) -> dict[str, Path]:
         train_worker(run, MemoryData(rows), World(), Recorder())  # type: ignore[arg-type]
         made[name] = Path(run.folder, "artefact")
     return made
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(Model(path="embedded"), quantized=False, dtype=torch.float32)
+
+
+@pytest.fixture
+def adapters(base) -> Adapters:
+    return Adapters(base)
+
+
+@pytest.fixture
+def new_engine(base, adapters):
+    """Engines one at a time; at the end of a test nothing may be left in the last one."""
+    made: list[Engine] = []
+
+    def new(**options: Any) -> Engine:
+        if made:
+            made[-1].close()
+        made.append(Engine(base, adapters.load, EngineOptions(**({"slots": 4, "context": CONTEXT} | options))))
+        return made[-1]
+
+    yield new
+    try:
+        nothing_is_left(made[-1])
+    finally:
+        made[-1].close()
+    assert base.pooled.nbytes == 0
+
+
+@pytest.fixture
+def engine(new_engine) -> Engine:
+    return new_engine()

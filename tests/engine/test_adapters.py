@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -105,7 +106,7 @@ def read(adapters: Adapters, store: Store, *names: str) -> list[Held]:
     """Wanted once each, read and taken in, in this order."""
     held = []
     for name in names:
-        held.append(adapters.want(ref(name)))
+        held.append(adapters.want(ref(name), "t"))
         if not held[-1].settled:
             store.wait()
             adapters.collect()
@@ -125,7 +126,7 @@ def clock(monkeypatch):
 def test_one_reading_is_shared_by_all_who_wait(new_adapters, store):
     adapters, gate = new_adapters(threads=4), threading.Event()
     store.gates["slow"] = gate
-    waiting = [adapters.want(ref("slow")) for _ in range(5)]
+    waiting = [adapters.want(ref("slow"), "t") for _ in range(5)]
     adapters.collect()
     assert not waiting[0].settled
     assert all(held is waiting[0] for held in waiting)
@@ -134,7 +135,7 @@ def test_one_reading_is_shared_by_all_who_wait(new_adapters, store):
     store.wait()
     adapters.collect()
     assert waiting[0].adapter is not None
-    assert adapters.want(ref("slow")) is waiting[0]
+    assert adapters.want(ref("slow"), "t") is waiting[0]
     assert store.asked == {"slow": 1}
     assert (adapters.loads, adapters.memory) == (1, SIZE)
 
@@ -142,7 +143,7 @@ def test_one_reading_is_shared_by_all_who_wait(new_adapters, store):
 def test_a_slow_one_does_not_keep_others_where_there_are_more_threads(new_adapters, store):
     adapters = new_adapters(threads=2)
     store.gates["slow"] = threading.Event()
-    slow = adapters.want(ref("slow"))
+    slow = adapters.want(ref("slow"), "t")
     assert all(held.adapter for held in read(adapters, store, "a", "b", "c"))
     assert not slow.settled
 
@@ -150,8 +151,8 @@ def test_a_slow_one_does_not_keep_others_where_there_are_more_threads(new_adapte
 def test_the_caller_is_woken_when_one_has_ended(new_adapters, store):
     adapters = new_adapters()
     store.results["bad"] = ArtefactError("broken")
-    adapters.want(ref("good"))
-    adapters.want(ref("bad"))
+    adapters.want(ref("good"), "t")
+    adapters.want(ref("bad"), "t")
     store.wait(2)
     assert not store.arrived.acquire(timeout=0.05)
 
@@ -176,6 +177,44 @@ def test_an_error_goes_to_those_who_want_that_adapter(new_adapters, store, name)
     assert not adapters.start(bad)
 
 
+def test_what_nobody_waits_for_any_more_is_not_read(new_adapters, store):
+    adapters, gate = new_adapters(), threading.Event()
+    store.gates["first"] = gate
+    first = adapters.want(ref("first"), "t")
+    for number in range(1000):
+        adapters.leave(adapters.want(ref(str(number)), "t"))
+    again = [adapters.want(ref("again"), "t") for _ in range(2)]
+    adapters.leave(again[0])
+    assert adapters._held.keys() == {"first", "again"}
+    assert adapters.users == 2
+    gate.set()
+    store.wait(2)
+    adapters.collect()
+    assert first.adapter
+    assert again[1].adapter, "one of two still waited"
+    assert store.asked == {"first": 1, "again": 1}
+    (held,) = read(adapters, store, "7")
+    assert held.adapter, "it is read when it is wanted again"
+    assert adapters._unread._of == {}
+
+
+def test_tenants_take_turns_in_what_is_read(new_adapters, store):
+    adapters, gate = new_adapters(), threading.Event()
+    store.gates["a0"] = gate
+    first = adapters.want(ref("a0"), "a")
+    while not first.begun:
+        time.sleep(0.001)
+    for number in range(1, 40):
+        adapters.want(ref(f"a{number}"), "a")
+    for name in ("b0", "b1", "a39"):
+        adapters.want(ref(name), "b")
+    adapters.want(ref("c0"), "c")
+    gate.set()
+    store.wait(43)
+    assert list(store.asked)[:8] == ["a0", "a1", "b0", "c0", "a2", "b1", "a3", "a39"]
+    assert set(store.asked.values()) == {1}, "what two wait for is read once, when the first of them has his turn"
+
+
 # ----------------------------------------------------------------------------------------------------------- forgiving
 
 
@@ -185,7 +224,7 @@ def test_a_broken_one_is_not_tried_again_at_once_and_then_it_is(new_adapters, st
     (held,) = read(adapters, store, "x")
     adapters.leave(held)
     clock.seconds += FORGIVEN_AFTER - 0.01
-    again = adapters.want(ref("x"))
+    again = adapters.want(ref("x"), "t")
     assert again.error is store.results["x"]
     adapters.leave(again)
     assert store.asked["x"] == 1
@@ -228,7 +267,7 @@ def test_who_still_waits_for_a_broken_one_keeps_its_error(new_adapters, store, c
     store.results["x"] = ArtefactError("broken")
     (held,) = read(adapters, store, "x")
     clock.seconds += FORGIVEN_AFTER + 1
-    assert adapters.want(ref("x")) is held
+    assert adapters.want(ref("x"), "t") is held
     assert adapters.users == 2
 
 
@@ -260,6 +299,32 @@ def test_the_device_gives_up_what_was_used_longest_ago_and_nothing_in_use(new_ad
     assert adapters.start(b)
     assert on_device(adapters) == {"a", "b"}
     assert store.asked == {"a": 1, "b": 1, "c": 1}, "it was still in memory"
+
+
+def test_who_waits_for_a_place_gets_the_one_of_the_adapter_that_is_there_for_longest(new_adapters, store):
+    adapters = new_adapters(on_device=2)
+    a, b, c, d = read(adapters, store, "a", "b", "c", "d")
+    for held in (b, a, b):
+        assert adapters.start(held)
+    assert not adapters.start(c)
+    assert not adapters.start(d)
+    assert not adapters.start(b), "it is to leave, and was there before a"
+    assert adapters.start(a), "the others go on"
+    adapters.stop(b)
+    adapters.collect()
+    assert not adapters.start(c), "one of b's still runs"
+    assert not adapters.start(b)
+    adapters.collect()
+    assert adapters.start(b), "nobody waits for a place any more"
+    adapters.collect()
+    assert not adapters.start(c)
+    for _ in range(2):
+        adapters.stop(b)
+    assert adapters.start(c)
+    assert on_device(adapters) == {"a", "c"}
+    assert not adapters.start(b)
+    assert not adapters.start(a), "now it is a's turn"
+    assert adapters.start(c)
 
 
 def test_memory_gives_up_what_was_used_longest_ago_and_nothing_in_use(new_adapters, store, clock):
@@ -328,8 +393,8 @@ def test_one_that_cannot_be_put_onto_the_device_fails_alone(new_adapters, store,
 def test_closing_does_not_wait_for_what_nobody_reads_yet(new_adapters, store):
     adapters, gate = new_adapters(), threading.Event()
     store.gates["slow"] = gate
-    adapters.want(ref("slow"))
-    adapters.want(ref("later"))
+    adapters.want(ref("slow"), "t")
+    adapters.want(ref("later"), "t")
     threading.Timer(0.1, gate.set).start()
     adapters.close()
     assert store.asked["later"] == 0
@@ -354,11 +419,14 @@ class Moves(RuleBasedStateMachine):
         )
         self.waiting: list[Held] = []
         self.running: list[Held] = []
+        self.arrived: list[str] = []
+        """Those on the device, in the order in which they came there."""
+        self.leaving = ""
 
     @rule(name=st.sampled_from(["a", "b", "c", "d", "e", "big", "other", "bad", "misfit"]))
     def want(self, name):
         before, known = self.store.asked.total(), self.adapters._held.get(name)
-        held = self.adapters.want(ref(name))
+        held = self.adapters.want(ref(name), "t")
         assert held.ref.name == name
         self.waiting.append(held)
         if held is not known:
@@ -370,6 +438,7 @@ class Moves(RuleBasedStateMachine):
     @rule()
     def collect(self):
         self.adapters.collect()
+        self.leaving = ""
         for held in self.waiting:
             assert held.settled
             assert (held.error is not None) == (held.ref.name == "bad" or held.adapter is None)
@@ -378,7 +447,8 @@ class Moves(RuleBasedStateMachine):
     @rule(which=st.integers(0, 20))
     def start(self, which):
         held = self.waiting[which % len(self.waiting)]
-        used = {h.ref.name for h in self.running}
+        name, used = held.ref.name, {h.ref.name for h in self.running}
+        self._look()
         started = self.adapters.start(held)
         if held.adapter is None:
             assert not started
@@ -386,12 +456,21 @@ class Moves(RuleBasedStateMachine):
             assert not started
             assert len(used) == self.most, "it was not tried"
         else:
-            assert started == (held.ref.name in used or len(used) < self.most)
+            assert started == (name != self.leaving and (name in used or len(used) < self.most))
+        if held.adapter and name not in used and len(used) == self.most:
+            self.leaving = self.leaving or self.arrived[0]
         if started:
             self.waiting.remove(held)
             self.running.append(held)
+            self._look()
         elif held.ref.name == "misfit" and held.error and len(used) < self.most:
             self.store.arrived.acquire(blocking=False)  # woken, if it failed now
+
+    def _look(self):
+        here = on_device(self.adapters)
+        self.arrived = [name for name in self.arrived if name in here]
+        self.arrived += here - set(self.arrived)
+        self.leaving = self.leaving if self.leaving in here else ""
 
     @precondition(lambda self: self.running)
     @rule(which=st.integers(0, 20))

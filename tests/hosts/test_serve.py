@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ RAY_SERVE = Path(sys.executable).parent / "serve"
 BODY = {"model": "base", "messages": [{"role": "user", "content": "Which cheese?"}], "max_tokens": 8, "temperature": 0}
 
 
-def write_files(folder: Path) -> tuple[Path, str]:
-    """(a SERVE.yaml, a key)"""
-    key, digest = new_key()
+def write_files(folder: Path) -> tuple[Path, str, str]:
+    """(a SERVE.yaml, a tenant's key, the admin's)"""
+    (key, digest), (admin, admins_digest) = new_key(), new_key()
     tenants = folder / "tenants.yaml"
     tenants.write_text(yaml.safe_dump({"tenants": {"anna": {"keys": [{"sha256": digest}]}}}))
     args: dict[str, Any] = {
         "model": {"path": "embedded"},
         "tenants": str(tenants),
+        "admin_key_sha256": admins_digest,
         "engine": {"slots": 4},
         "cache": {"folder": str(folder / "cache")},
         "replicas": {"min": 2, "max": 2, "cpus": 2, "threads": 1, "gpus": 0, "drain_seconds": 5},
@@ -46,20 +47,20 @@ def write_files(folder: Path) -> tuple[Path, str]:
             }
         )
     )
-    return file, key
+    return file, key, admin
 
 
 @pytest.fixture(params=["ftray serve", "serve deploy"])
 def endpoint(request: pytest.FixtureRequest, hosts: Hosts, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """(how it was deployed, a key)"""
-    file, key = write_files(tmp_path)
+    """(a tenant's key, the admin's) of an endpoint that was deployed in either way."""
+    file, key, admin = write_files(tmp_path)
     try:
         if request.param == "ftray serve":
             done = hosts.ftray("head", "serve", str(file))
         else:
             done = hosts.run("client", str(RAY_SERVE), "deploy", str(file))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        yield request.param, key
+        yield key, admin
     finally:
         hosts.run("client", str(RAY_SERVE), "shutdown", "-y")
         wait_for(lambda: not engines(hosts), 300, every=1)
@@ -80,8 +81,17 @@ def ask(url: str, key: str) -> httpx.Response:
     )
 
 
+def written(url: str, admin: str) -> dict[str, float]:
+    """Tokens that each replica has written so far, as the metrics page has them."""
+    page = httpx.get(
+        f"{url}/metrics", headers={"Authorization": f"Bearer {admin}"}, timeout=120, trust_env=False
+    ).raise_for_status()
+    found = re.findall(r'^ftray_engine_written_tokens_total\{.*?replica="(.*?)".*\} (\S+)$', page.text, flags=re.M)
+    return {replica: float(value) for replica, value in found}
+
+
 def test_either_hosts_proxy_answers(hosts: Hosts, endpoint: tuple[str, str]) -> None:
-    _, key = endpoint
+    key, admin = endpoint
     texts = set()
     for host in ("head", "worker1"):
         url = f"http://{hosts.addresses[host]}:{PORT}"
@@ -100,8 +110,11 @@ def test_either_hosts_proxy_answers(hosts: Hosts, endpoint: tuple[str, str]) -> 
         assert ask(url, "ftray-nobody").status_code == 401
     assert len(texts) == 1, texts
     assert sorted(engines(hosts)) == ["head", "worker1"]
-    busy = {host: hosts.named(host, "ServeReplica:ftray:Engine")[0].cpu_times().user for host in ("head", "worker1")}
+    url = f"http://{hosts.addresses['head']}:{PORT}"
+    before = written(url, admin)
+    assert len(before) == 2
     for _ in range(12):
-        assert ask(f"http://{hosts.addresses['head']}:{PORT}", key).status_code == 200
-    time.sleep(0.5)
-    assert all(hosts.named(h, "ServeReplica:ftray:Engine")[0].cpu_times().user > before for h, before in busy.items())
+        assert ask(url, key).status_code == 200
+    after = written(url, admin)
+    assert after.keys() == before.keys()
+    assert all(after[replica] > before[replica] for replica in before), (before, after)

@@ -10,14 +10,16 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from ftray.config import Decoding, Evaluation, Model
-from ftray.errors import ArtefactError
-from ftray.evaluate import crew
+from ftray.errors import ArtefactError, ConfigError, RunError
+from ftray.evaluate import crew, places
 from ftray.evaluate.crew import Crew
 from ftray.evaluate.evaluation import evaluate, task_of
 from ftray.evaluate.systems import BaseKey, System, resolved
 from tests.evaluate.runs import cheese_run
+from tests.ray.holding import held
 from tests.ray.runs import processes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -45,6 +47,27 @@ def test_two_workers_find_what_one_process_does(tmp_path: Path, monkeypatch):
         assert [answer.text for answer in other.answers] == [answer.text for answer in one.answers]
         assert other.shown == one.shown
     assert not psutil.wait_procs(processes("ray::_Actor"), timeout=60)[1]
+
+
+def test_workers_that_get_no_place_are_not_waited_for(tmp_path: Path, monkeypatch):
+    """The one that has a place does all; with none at all, that is told after a while."""
+    cheese_run(tmp_path / "lora", steps=1)
+    monkeypatch.setattr(crew, "_AT_ONCE", 4)
+    cpus = int(ray.cluster_resources()["CPU"])
+    told: list[dict[str, Any]] = []
+    with resolved([str(tmp_path / "lora")]) as systems:
+        task = task_of(systems, settings=Evaluation())
+        with held(cpus - 1):
+            found = evaluate(systems, task, told.append, workers=partial(Crew, count=cpus, on_event=told.append))
+        assert found.outcomes[1].loss < found.outcomes[0].loss
+        assert f"1 of {cpus} workers are there; the others join as they get a place" in [e.get("text") for e in told]
+        monkeypatch.setattr(places, "_TOLD_AFTER", 0.5)
+        monkeypatch.setattr(places, "WAIT_SECONDS", 2.0)
+        with held(cpus), pytest.raises(RunError, match=r"for 2 s no node had 1 CPU free for a worker. Nodes: .* 4 CPU"):
+            evaluate(systems, task, told.append, workers=partial(Crew, count=cpus, on_event=told.append))
+    assert "waiting for a worker's place, 1 CPU, for at most 2 s" in [event.get("text") for event in told]
+    with pytest.raises(ConfigError, match=f"{cpus + 1} workers × 1 CPU take {cpus + 1}, and the cluster has {cpus}"):
+        Crew(BaseKey(Model(path="embedded"), False, "fp32"), [], count=cpus + 1)
 
 
 def test_what_is_wrong_with_an_adapter_is_told_as_it_is(tmp_path: Path):

@@ -9,16 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from ftray.config import Decoding, Model, Source
+from ftray.errors import RunError
+from ftray.evaluate import places
 from ftray.evaluate.generate import generate
 from ftray.evaluate.generation import Asking
 from ftray.registry.base import facts_of_base
 from tests.adapters import change_facts, seal, write_adapter
+from tests.ray.holding import held
 from tests.ray.runs import processes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 ROWS = 96
+
+
+def test_workers_without_a_place_are_told_and_not_waited_for(tmp_path: Path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Cheese {i}?"}}\n' for i in range(8)))
+    source = Source.model_validate(
+        {"path": str(tmp_path / "prompts.jsonl"), "format": {"name": "prompt_completion", "completion": ""}}
+    )
+    cpus = int(ray.cluster_resources()["CPU"])
+    asking = Asking(
+        source, str(tmp_path / "out.jsonl"), Decoding(max_tokens=2), base="embedded", part_rows=1, workers=cpus
+    )
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(places, "_TOLD_AFTER", 0.5)
+    monkeypatch.setattr(places, "_SETTLE_SECONDS", 1.0)
+    with held(cpus):
+        monkeypatch.setattr(places, "WAIT_SECONDS", 2.0)
+        with pytest.raises(RunError, match="for 2 s no node had 1 CPU free for a worker"):
+            generate(asking, told.append)
+    assert "waiting for a worker's place, 1 CPU, for at most 2 s" in [event.get("text") for event in told]
+    monkeypatch.setattr(places, "WAIT_SECONDS", 60.0)
+    with held(cpus - 1):
+        assert generate(asking, told.append)["rows"] == 8
 
 
 def test_a_dead_worker_and_a_stopped_driver_lose_nothing(tmp_path: Path):

@@ -156,8 +156,9 @@ def test_too_many_bad_rows_stop_before_any_worker_starts(tmp_path):
 
 def test_more_workers_than_the_cluster_has_places_for(tmp_path):
     file = write_run(tmp_path, "run", workers__count=3, workers__cpus=8, train__batch_rows=9)
-    with pytest.raises(RunError, match=r"3 workers × 8 CPU = 24, the cluster has 4"):
+    with pytest.raises(ConfigError, match=r"3 workers × 8 CPU = 24, the cluster has 4"):
         fit(file)
+    assert not (tmp_path / "prepared").exists(), "rows are not prepared for a run that cannot start"
 
 
 def test_what_a_run_leaves(tmp_path):

@@ -30,7 +30,8 @@ from tests.ray.curves import Curves, loss_of
 from tests.ray.runs import processes, wait_for, write_run
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-SPACE = {"train.learning_rate": {"loguniform": [1e-4, 1e-1]}, "method.rank": {"choice": [2, 4, 8]}}
+RATES = {"train.learning_rate": {"loguniform": [1e-4, 1e-1]}}
+SPACE = RATES | {"method.rank": {"choice": [2, 4, 8]}}
 
 
 def a_search(folder: Path, name: str, **keys: Any):
@@ -49,7 +50,8 @@ def curves(monkeypatch):
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[Curves.__module__])
-    monkeypatch.setattr("ftray.tune.ordinary.Ordinary", Curves)
+    for place in ("ordinary.Ordinary", "host.Host"):
+        monkeypatch.setattr(f"ftray.tune.{place}", Curves)
 
 
 def go(spec, on_event=lambda _: None, stop: threading.Event | None = None) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def test_broken_off_and_taken_up_again(folder):
 def test_the_other_samplers_and_schedulers_come_to_an_end(folder):
     for name, keys in {
         "tpe-hyperband": {"sampler": "optuna", "scheduler": {"name": "hyperband", "max_steps": 40}, "samples": 7},
-        "pbt": {"scheduler": {"name": "pbt", "interval": 10}, "samples": 4, "metric": "loss"},
+        "pbt": {"scheduler": {"name": "pbt", "interval": 10}, "samples": 4, "lanes": "auto", "space": RATES},
         "two": {"sampler": {"name": "optuna", "startup": 2}, "metric": ["loss", "trained"]},
     }.items():
         spec = a_search(folder, name, **keys)

@@ -107,7 +107,7 @@ class InProcess:
         stats = self.bridge.engine.stats()
         counted = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
         counted |= {"replica": "here", "context": self.bridge.engine.context, "adapters": len(stats.resident)}
-        return [counted | self.shelf.counted(stats.resident)]
+        return [counted | self.shelf.counted()]
 
 
 class Running:
@@ -128,14 +128,14 @@ class Running:
 
 @contextmanager
 def serving(config: ServeConfig, engine: tuple[Engine, Shelf]) -> Iterator[Running]:
-    tenants = Tenants(config.tenants, config.refresh_seconds) if config.tenants else None
+    tenants = Tenants(config.tenants, config.refresh_seconds, config.ingress.replicas) if config.tenants else None
     registry = Registry(config.registry) if config.registry else None
     bridge = Bridge(lambda: engine[0], "here")
     replicas = InProcess(bridge, engine[1])
     endpoint = Endpoint(
         config,
         prompts=Prompts(config.model, config.chat_template),
-        catalog=Catalog(registry, config.name_of_base, tenants, config.refresh_seconds),
+        catalog=Catalog(registry, config.name_of_base, tenants, config.refresh_seconds, config.outage_seconds),
         link=Link(replicas, "ingress", config.bounds.unread_bytes),
         metrics=Metrics("ingress"),
         tenants=tenants,

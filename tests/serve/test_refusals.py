@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def is_refusal(answer: httpx.Response) -> bool:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
     return 400 <= answer.status_code < 500
+
+
+def nested(depth: int) -> bytes:
+    """A body with a schema so deep: orjson reads 1,024 levels, and json writes fewer."""
+    schema = b'{"items":' * depth + b"{}" + b"}" * depth
+    wanted = b'{"type":"json_schema","json_schema":{"name":"x","schema":' + schema + b"}}"
+    return json.dumps(CHAT).encode()[:-1] + b',"response_format":' + wanted + b"}"
 
 
 BAD: list[tuple[Any, str | None]] = [
@@ -80,6 +88,9 @@ BAD: list[tuple[Any, str | None]] = [
     ({**CHAT, "stream_options": {"include_usage": True}}, None),
     ({**CHAT, "response_format": {"type": "xml"}}, "response_format"),
     ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format"),
+    (nested(300), "response_format"),
+    (nested(1000), "response_format"),
+    (nested(5000), None),
     ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
     ({**CHAT, "tool_choice": "auto"}, "tool_choice"),
     ({**CHAT, "modalities": ["audio"]}, "modalities"),
@@ -94,6 +105,8 @@ BAD_COMPLETIONS: list[tuple[Any, str | None]] = [
     ({"model": "base", "prompt": [2**40]}, "prompt"),
     ({"model": "base", "prompt": ["a", 1]}, "prompt"),
     ({"model": "base", "prompt": ["a"] * 17}, "n"),
+    ({"model": "base", "prompt": ["a"] * 50_000}, "n"),
+    ({"model": "base", "prompt": [{}] * 50_000}, "n"),
     ({"model": "base", "prompt": "a", "echo": True}, "echo"),
     ({"model": "base", "prompt": "a", "best_of": 3}, None),
     ({"model": "base", "prompt": "a", "suffix": "z"}, "suffix"),
@@ -139,7 +152,8 @@ def test_bodies_are_bounded_before_they_are_read(shared: Running) -> None:
         for _ in range(most // 1000 + 10):
             yield b" " * 1000
 
-    answer = httpx.post(f"{shared.url}/v1/completions", content=forever())  # its length is not told
+    kind = {"content-type": "application/json"}
+    answer = httpx.post(f"{shared.url}/v1/completions", content=forever(), headers=kind)  # its length is not told
     assert answer.status_code == 413
     inside = b" " * (most - 200) + json.dumps(CHAT).encode()
     assert post(shared, inside).status_code == 200
@@ -165,7 +179,7 @@ def test_2000_bad_requests_and_500_unknown_adapters_leave_nothing_behind(open_en
             answer = http.post(f"{open_endpoint.url}/v1/chat/completions", json={**CHAT, "model": name})
             assert answer.status_code == 404
 
-    with httpx.Client() as http:
+    with httpx.Client(headers={"content-type": "application/json"}) as http:
         bad(500, http)
         unknown(100, http)
         memory = process.memory_info().rss
@@ -318,9 +332,58 @@ def test_without_keys_only_this_machine_is_answered(shared: Running, headers: di
     assert httpx.get(f"{shared.url}/", headers=headers).status_code == 403
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "http://127.0.0.1:1"},
+        {"origin": "http://127.0.0.1.evil.example"},
+        {"origin": "null"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
+        {"sec-fetch-site": "same-site", "sec-fetch-mode": "cors"},
+        {"via": "1.1 proxy"},
+        {"x-real-ip": "203.0.113.9"},
+    ],
+    ids=str,
+)
+def test_without_keys_no_page_from_elsewhere_is_answered(shared: Running, headers: dict[str, str]) -> None:
+    """It could not read the answer, and would have it computed."""
+    written = shared.engine.stats().written_tokens
+    answer = httpx.post(f"{shared.url}/v1/chat/completions", json=CHAT, headers=headers)
+    assert answer.status_code == 403
+    assert is_refusal(answer)
+    assert httpx.get(f"{shared.url}/v1/models", headers=headers).status_code == 403
+    assert shared.engine.stats().written_tokens == written
+
+
+def test_our_own_page_is_answered_and_may_be_linked_to(shared: Running) -> None:
+    own = {"origin": shared.url, "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}
+    assert httpx.post(f"{shared.url}/v1/chat/completions", json=CHAT, headers=own).status_code == 200
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert httpx.get(f"{shared.url}/", headers=link).status_code == 200
+    typed = {"sec-fetch-site": "none", "sec-fetch-mode": "navigate"}
+    assert httpx.get(f"{shared.url}/", headers=typed).status_code == 200
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_body_that_is_not_called_json_is_refused(shared: Running, path: str, kind: str | None) -> None:
+    headers = {"content-type": kind} if kind else {}
+    answer = httpx.post(f"{shared.url}{path}", content=json.dumps(CHAT).encode(), headers=headers)
+    assert answer.status_code == 415
+    assert is_refusal(answer)
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
+def test_json_by_any_of_its_names_is_taken(shared: Running, kind: str) -> None:
+    assert post(shared, CHAT, content_type=kind).status_code == 200
+
+
 def test_with_keys_any_host_name_will_do(closed_endpoint: Running) -> None:
-    answer = post(closed_endpoint, CHAT, authorization=f"Bearer {KEYS['acme']}", host="models.example")
-    assert answer.status_code == 200
+    for more in ({"host": "models.example"}, {"origin": "https://app.example", "sec_fetch_site": "cross-site"}):
+        answer = post(closed_endpoint, CHAT, authorization=f"Bearer {KEYS['acme']}", **more)
+        assert answer.status_code == 200, more
 
 
 # --------------------------------------------------------------------------------------------------------------- admin
@@ -373,6 +436,32 @@ def test_admin_pins_rolls_back_and_removes(closed_endpoint: Running, artefacts: 
     assert http.delete("/admin/adapters/ACME/none").status_code == 400
     assert http.post("/admin/adapters/acme/brie/pin", json={"diget": "x"}).status_code == 400
     assert http.get("/admin/replicas").json()["replicas"][0]["slots"] == 4
+
+
+def test_what_stands_in_the_way_of_a_change_is_called_by_its_name(closed_endpoint: Running) -> None:
+    store = closed_endpoint.endpoint.catalog.registry
+    assert store is not None
+    http = httpx.Client(base_url=closed_endpoint.url, headers={"authorization": f"Bearer {ADMIN_KEY}"})
+
+    def code(answer: httpx.Response) -> str:
+        assert answer.status_code == 409, answer.text
+        assert is_refusal(answer)
+        return answer.json()["error"]["code"]
+
+    digest = store.resolve("acme", "cheese").digest
+    assert code(http.delete("/admin/adapters/acme/cheese", params={"digest": digest})) == "adapter_in_use"
+    assert code(http.post("/admin/adapters/acme/cheese/rollback", json={})) == "no_earlier_version"
+    assert http.post("/admin/adapters/acme/cheese/pin", json={"digest": digest}).status_code == 200
+    assert code(http.delete("/admin/adapters/acme/cheese")) == "adapter_in_use"
+    folder = Path(store.uri) / "acme" / "brie"
+    version = next(path for path in folder.iterdir() if path.is_dir())
+    twin = version.name[:8] + "0" * 56
+    shutil.copytree(version, folder / twin)
+    assert code(http.post("/admin/adapters/acme/brie/pin", json={"digest": version.name[:8]})) == "ambiguous_digest"
+    assert code(http.post("/admin/adapters/acme/brie/rollback", json={"digest": twin[:8]})) == "ambiguous_digest"
+    (folder / "current.json").write_text("{")
+    assert code(http.post("/admin/adapters/acme/brie/rollback", json={})) == "adapter_damaged"
+    assert code(http.post("/admin/adapters/acme/brie/pin", json={})) == "adapter_damaged"
 
 
 def test_metrics_are_for_this_machine_or_the_admin(closed_endpoint: Running) -> None:

@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from ftray.errors import RunError
 from ftray.registry.publish import publish
 from serve.endpoint import pause_seconds
 from tests.serve.conftest import Running, config_of, idle, make_engine, serving
@@ -93,8 +94,8 @@ def slow_client(running: Running, body: dict[str, Any]) -> socket.socket:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     client.connect((where.hostname, where.port))
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
-    client.sendall(head.encode() + content)
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + content)
     return client
 
 
@@ -196,6 +197,26 @@ def test_an_adapter_replaced_or_removed_in_flight(open_endpoint: Running, artefa
 
     assert eventually(gone, 10)
     assert idle(open_endpoint.engine)
+
+
+def test_an_adapter_in_memory_outlives_its_registry(open_endpoint: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, ask = open_endpoint.client(), {"prompt": "The cheese", "temperature": 0, "max_tokens": 5}
+    said = client.completions.create(model="acme/cheese", **ask).choices
+
+    def down(*args: Any) -> None:
+        raise RunError("the registry cannot be reached: no route")
+
+    for method in ("resolve", "entries"):
+        monkeypatch.setattr(open_endpoint.endpoint.catalog.registry, method, down)
+    time.sleep(2 * open_endpoint.endpoint.config.refresh_seconds)
+    assert client.completions.create(model="acme/cheese", **ask).choices == said
+    ready = httpx.get(f"{open_endpoint.url}/readyz")
+    assert ready.status_code == 200
+    assert "what was last known" in ready.json()["registry"]
+    with pytest.raises(openai.InternalServerError) as error:
+        client.completions.create(model="acme/brie", **ask)
+    assert error.value.status_code == 503
+    assert error.value.code == "registry_unreachable"
 
 
 def test_a_broken_adapter_costs_its_own_requests_an_error_and_nobody_else_anything(open_endpoint: Running) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ftray.config import Run
@@ -181,6 +182,45 @@ def test_a_lanes_nan_is_its_own(tmp_path):
     assert not lanes.errors
     single = run_of(tmp_path / "alone", 1, "train.steps=20", "method={name: dora, rank: 4}")
     close(channel.losses, alone(single).losses)
+
+
+def test_a_lane_whose_pass_fails_fails_alone(tmp_path):
+    """Its tokens are none of the base's vocabulary; the others' gradients of the pass that failed count once."""
+    keys = ["train.steps=12", "train.micro_batch_rows=2", "method.rank=4", "method.dropout=0.1"]
+    kinds = [keys, [*keys[:2], "method={name: dora, rank: 4}"]]
+    lanes = Together(first := run_of(tmp_path, 0, *kinds[0]))
+    wrong = random_rows(8, vocabulary=10**6, longest=24)
+    runs = [first, run_of(tmp_path, 1, *kinds[1])]
+    channels = [Recorder(), Recorder()]
+    for i, (run, channel) in enumerate(zip(runs, channels, strict=True)):
+        lanes.start(str(i), run, channel)
+    lanes.start("wrong", run_of(tmp_path, 2, *keys), Recorder(), [*ROWS, *wrong])
+    lanes.end()
+    assert isinstance(lanes.errors.pop("wrong"), IndexError)
+    assert not lanes.errors
+    for i, (channel, kind) in enumerate(zip(channels, kinds, strict=True)):
+        close(channel.losses, alone(run_of(tmp_path / "alone", i, *kind)).losses)
+
+
+def test_a_pass_with_too_many_tokens_is_made_in_parts(tmp_path, monkeypatch):
+    """Memory runs out in the middle of each pass that has more than two micro-batches."""
+    passes: list[int] = []
+    whole = Base._pass
+
+    def scarce(self, parts):
+        passes.append(len(parts))
+        whole(self, parts)
+        if len(parts) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Base, "_pass", scarce)
+    keys = ["train.steps=10", "train.micro_batch_rows=2", "method.rank=4"]
+    lanes = together([run_of(tmp_path / "lanes", i, *keys) for i in range(3)])
+    monkeypatch.undo()
+    for i, lane in enumerate(lanes):
+        close(lane.losses, alone(run_of(tmp_path / "alone", i, *keys)).losses)
+    assert max(passes) > 2
+    assert max(passes[len(passes) // 2 :]) == 2, "it learned how much is too much"
 
 
 def test_what_a_lane_commits_a_run_alone_goes_on_from_and_back(tmp_path):

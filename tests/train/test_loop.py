@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import shutil
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +22,13 @@ from ftray.data.order import Order
 from ftray.data.prepared import Row
 from ftray.errors import ConfigError, RunError
 from ftray.model.adapters import lora_config
-from ftray.train import loop
+from ftray.registry.facts import strict_json
+from ftray.train import commits, loop
+from ftray.train.commits import Progress
+from ftray.train.doctor import examine
 from ftray.train.loop import train_worker
 from ftray.train.world import World
+from ftray.train.writer import Writer
 from tests.toys import MemoryData, Recorder, random_rows, toy_run
 
 ROWS = random_rows(64)
@@ -146,6 +157,31 @@ def test_loss_falls_and_the_artefact_is_complete(tmp_path):
     assert facts["base"]["sha256"]
 
 
+def test_an_artefact_is_written_beside_the_one_it_replaces(tmp_path, monkeypatch):
+    """Not in the system's temporary folder, which may be small; what could not be written leaves the old one alone."""
+    from ftray.train import artefact
+
+    run = toy_run(tmp_path, "train.steps=2")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    trained(run)
+    before = (tmp_path / "artefact/ftray.json").read_bytes()
+    staged = []
+
+    def full(_run, summary, _facts):
+        staged.extend(tmp_path.glob(".artefact.*.part"))
+        raise OSError(errno.ENOSPC, "No space left on device", str(staged[0] / "README.md"))
+
+    monkeypatch.setattr(artefact, "model_card", full)
+    with pytest.raises(RunError, match="no space is left"):
+        trained(run)
+    assert len(staged) == 1
+    assert (tmp_path / "artefact/ftray.json").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".artefact.0123abcd.part").mkdir()
+    (tmp_path / ".artefact.0123abcd.old.part").mkdir()
+    assert len(examine(str(tmp_path)).findings) == 3  # and run.yaml, which a launch writes
+
+
 @pytest.mark.parametrize(
     ("method", "optimizer"),
     [
@@ -199,6 +235,62 @@ def test_nf4_weights_are_never_repacked_under_training(tmp_path, method):
         quantized = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     assert quantized
     assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in quantized)
+
+
+def test_a_step_is_as_long_as_its_rows_are_waited_for(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    steps = loop.Feed.steps
+
+    def slow(feed, cursor, count):
+        for rows in steps(feed, cursor, count):
+            clock.now += 5.0
+            yield rows
+
+    monkeypatch.setattr(loop.Feed, "steps", slow)
+    fake = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=time.monotonic, time=time.time)
+    monkeypatch.setattr(loop, "time", fake)
+    channel, summary = trained(toy_run(tmp_path, "train.steps=3"))
+    assert [event["seconds"] for event in channel.of("step")] == [5.0, 5.0, 5.0]
+    assert summary["seconds"] == 15.0
+    assert summary["target_tokens_per_second"] == summary["target_tokens"] / 15.0
+
+
+def test_peak_memory_is_that_of_the_worker_which_has_most(tmp_path, monkeypatch):
+    class Larger(World):
+        """Beside a worker that always has one more."""
+
+        def gather(self, value):
+            return [value, value + 1.0] if value == 2.0 else [value]
+
+    monkeypatch.setattr(loop, "peak_memory_gib", lambda _device: 2.0)
+    summary = train_worker(toy_run(tmp_path, "train.steps=1"), MemoryData(ROWS), Larger(), Recorder())  # type: ignore[arg-type]
+    assert summary["peak_memory_gib"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("override", "written_by", "steps"),
+    [("", 0, [7, 15, 20]), ("", 12, [7, 19, 20]), ("train.commit_every=6", 0, [6, 12, 18, 20])],
+)
+def test_ten_minutes_without_a_commit_are_enough(tmp_path, monkeypatch, override, written_by, steps):
+    """Each step takes 100 s; the first commit is on its way until step `written_by`, and none is begun meanwhile."""
+    clock, taken = SimpleNamespace(now=0.0), threading.Event()
+    complete, done = commits.complete, Writer.done
+
+    class Slow(Recorder):
+        def emit(self, event):
+            super().emit(event)
+            if event["kind"] == "step":
+                clock.now += 100.0
+                if event["step"] >= written_by:
+                    taken.set()
+
+    monkeypatch.setattr(commits, "complete", lambda staged: (taken.wait(), complete(staged))[1])
+    monkeypatch.setattr(Writer, "done", lambda writer, wait=False: done(writer, wait=wait or taken.is_set()))
+    fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter, time=time.time)
+    monkeypatch.setattr(loop, "time", fake)
+    channel, _ = trained(toy_run(tmp_path, "train.keep_last=9", *filter(None, [override])), Slow())
+    assert [event["step"] for event in channel.of("commit")] == steps
+    assert commits.steps_of(str(tmp_path)) == steps
 
 
 def test_stop_commits_and_the_same_run_goes_on(tmp_path):
@@ -287,6 +379,36 @@ def test_a_nan_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
 
 
+class OneByOne:
+    """A world whose workers come one after the other: each gets what those before it gave, and its own."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        self.given.append(value)
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("losses", "named"),
+    [
+        ([[1.0, 1.0], [1.0, math.nan]], ["memory:7", "memory:8"]),
+        ([[1.0, math.inf], [math.nan, 1.0]], ["memory:3", "memory:4", "memory:5", "memory:6"]),
+        ([[1.0, 1.0], [1.0, 1.0]], [f"memory:{i}" for i in range(1, 9)]),
+    ],
+)
+def test_a_skipped_step_names_the_rows_of_bad_micro_batches_alone(tmp_path, losses, named):
+    """Of all workers; all rows where no loss is to blame."""
+    world, told = OneByOne(), []
+    for rank, mine in enumerate(losses):
+        worker = SimpleNamespace(world=world, progress=Progress(step=1), data=MemoryData(ROWS), run=toy_run(tmp_path))
+        worker.emit = lambda **event: told.append(event)
+        ids = [np.arange(4 * rank, 4 * rank + 2), np.arange(4 * rank + 2, 4 * rank + 4)]
+        loop._Worker._skip(worker, SimpleNamespace(row_ids=ids), mine, math.nan, 1.0)  # type: ignore[arg-type]
+    assert told[-1]["rows"] == named
+
+
 @pytest.mark.faults
 def test_too_many_nan_steps_in_a_row_stop_the_run_and_name_the_rows(tmp_path, monkeypatch):
     Poison(monkeypatch, set(range(64)), ROWS)
@@ -309,6 +431,100 @@ def test_early_stopping_ends_and_keeps_the_best(tmp_path):
     assert summary["reason"] == "early stopping"
     assert summary["steps"] < 200
     assert summary["artefact_step"] == (summary["best_step"] or summary["steps"])
+
+
+def measure(monkeypatch, losses: list[float]) -> None:
+    """Have every second step's held-out loss be one of these, the base's first."""
+    monkeypatch.setattr(loop._Worker, "_held_out_loss", lambda worker, _: (losses[worker.progress.step // 2], 1, {}))
+
+
+EVALUATED = ("train.evaluate_every=2", "train.steps=8", "data.held_out_fraction=0.1")
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep_best", "step", "loss"),
+    [
+        ([1.0, 3.0, 2.0, 2.5, 2.7], True, 4, 2.0),
+        ([1.0, 3.0, 2.0, 2.5, 2.7], False, 8, 2.7),
+        ([3.0, 1.0, 0.5, 2.0, 0.7], True, 4, 0.5),
+        ([3.0, 1.0, 0.5, 2.0, 0.7], False, 8, 0.7),
+        ([1.0, *[math.nan] * 4], True, 8, None),
+    ],
+)
+def test_what_is_said_of_the_artefact_is_its_own(tmp_path, monkeypatch, losses, keep_best, step, loss):
+    measure(monkeypatch, losses)
+    channel, summary = trained(toy_run(tmp_path, *EVALUATED, f"train.keep_best={keep_best}"), held_out=HELD_OUT)
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (step, loss)
+    facts = strict_json((tmp_path / "artefact/ftray.json").read_bytes(), "ftray.json")
+    assert (facts["step"], facts["metrics"]["artefact_loss"]) == (step, loss)
+    card = (tmp_path / "artefact/README.md").read_text()
+    assert (f"| {losses[0]:.4f} | {loss:.4f} |" in card) if loss else ("## Results" not in card)
+    warned = [event["text"] for event in channel.of("warning")]
+    assert bool(warned) == (losses[0] == 1.0)
+    assert all("no evaluation was better than the base's" in text and f"step {step}" in text for text in warned)
+
+
+def test_the_lowest_loss_is_kept_whatever_early_stopping_counts_as_better(tmp_path, monkeypatch):
+    measure(monkeypatch, [1.0, 0.9, 0.95, 0.97, 0.5])
+    stopping = "train.early_stopping={patience: 3, min_improvement: 0.2}"
+    _, summary = trained(toy_run(tmp_path, *EVALUATED, stopping), held_out=HELD_OUT)
+    assert (summary["reason"], summary["steps"]) == ("early stopping", 6)
+    assert (summary["best_step"], summary["artefact_step"], summary["artefact_loss"]) == (2, 2, 0.9)
+
+
+@pytest.mark.parametrize("then", ["{patience: 3}", "null"])
+def test_a_run_that_ended_early_goes_on_with_more_patience(tmp_path, monkeypatch, then):
+    measure(monkeypatch, [3.0, 1.0, 1.5, 2.0, 0.5])
+    first = toy_run(tmp_path / "a", *EVALUATED, "train.early_stopping={patience: 2}")
+    _, summary = trained(first, held_out=HELD_OUT)
+    assert (summary["reason"], summary["steps"], summary["artefact_step"]) == ("early stopping", 6, 2)
+    channel, summary = trained(first, held_out=HELD_OUT)
+    assert (summary["reason"], summary["steps"], channel.of("step")) == ("early stopping", 6, [])
+    more = toy_run(tmp_path / "a", *EVALUATED, f"train.early_stopping={then}")
+    _, summary = trained(more, held_out=HELD_OUT)
+    assert (summary["reason"], summary["steps"], summary["resumed_from"]) == ("finished", 8, 6)
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (8, 0.5)
+    trained(toy_run(tmp_path / "b", *EVALUATED, f"train.early_stopping={then}"), held_out=HELD_OUT)
+    assert same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+
+
+def lose(commit: Path, how: str) -> None:
+    if how == "gone":
+        shutil.rmtree(commit)
+    else:
+        weights = commit / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("how", "step", "loss"), [("gone", 6, 1.5), ("damaged", 8, 2.2)])
+def test_a_run_ends_without_its_best_commit(tmp_path, monkeypatch, how, step, loss):
+    """What is gone is known when the run goes on, so another is kept in time; what is damaged, at the end alone."""
+    measure(monkeypatch, [3.0, 1.0, 2.0, 1.5, 2.2])
+    run = toy_run(tmp_path, *EVALUATED, "train.keep_last=1")
+    trained(run, Recorder(stop_at=4), held_out=HELD_OUT)
+    lose(tmp_path / "commits/step-00000002", how)
+    channel, summary = trained(run, held_out=HELD_OUT)
+    assert ["the commit of the best step, 2" in event["text"] for event in channel.of("warning")] == [True]
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (step, loss)
+    assert not [found for found in examine(str(tmp_path)).findings if found.where.endswith("/artefact")]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_an_artefact_outlives_the_commit_it_was_made_of(tmp_path, monkeypatch, how):
+    measure(monkeypatch, [3.0, 1.0, 2.0, 1.5, 2.2])
+    run = toy_run(tmp_path, *EVALUATED)
+    trained(run, held_out=HELD_OUT)
+    before = adapter(tmp_path)
+    lose(tmp_path / "commits/step-00000002", how)
+    channel, summary = trained(run, held_out=HELD_OUT)
+    assert "stays" in channel.of("warning")[0]["text"]
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (2, 1.0)
+    assert same(before, adapter(tmp_path))
+    shutil.rmtree(tmp_path / "artefact")
+    _, summary = trained(run, held_out=HELD_OUT)
+    assert (summary["artefact_step"], summary["artefact_loss"]) == (8, 2.2)
 
 
 def test_full_tuning_saves_a_model_that_transformers_loads(tmp_path):

@@ -26,8 +26,8 @@ train: {steps: 200}
 logging: {mlflow: "https://user:hunter2hunter2@tracking.example"}
 output: /home/somebody/runs/{name}
 """
-SUMMARY = {"base_loss": 4.0, "best_loss": 1.0, "final_loss": 1.2, "steps": 200, "artefact_step": 150,
-           "trainable_parameters": 3_407_872}  # fmt: skip
+SUMMARY = {"base_loss": 4.0, "best_loss": 0.9, "final_loss": 1.2, "steps": 200, "artefact_step": 150,
+           "artefact_loss": 1.0, "trainable_parameters": 3_407_872}  # fmt: skip
 FACTS = {"digest": "ab" * 32,
          "rows": {"train": 1234, "held_out": 65}, "target_tokens": {"train": 56_789, "held_out": 999}}  # fmt: skip
 
@@ -63,7 +63,8 @@ def test_results_of_base_and_tuned():
     assert "| Loss, nats per target token | 4.0000 | 1.0000 | 0.250 |" in text
     assert f"| Perplexity | {math.exp(4):.4g} | 2.718 | 0.0498 |" in text
     assert "as of step 150 of 200" in text
-    assert "| 4.0000 | 1.2000 |" in _card("train.keep_best=false").text
+    worse = _card(summary=SUMMARY | {"best_loss": 4.0, "artefact_loss": 4.5}).text
+    assert "| 4.0000 | 4.5000 | 1.125 |" in worse, "the artefact's own loss, whatever was the best"
 
 
 @pytest.mark.parametrize("summary", [{}, {"base_loss": None, "final_loss": float("nan"), "steps": 5}])

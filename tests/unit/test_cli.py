@@ -6,11 +6,13 @@ import io
 import json
 import math
 import os
+import queue
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from ftray.cli.data import describe, histogram, marked, show_sample
 from ftray.cli.main import call
 from ftray.cli.quickstart import answers_text, next_text, quickstart_text
 from ftray.cli.signals import stop_on_signal
-from ftray.cli.train import summary_text
+from ftray.cli.train import summary_text, train_run
 from ftray.cli.words import count, duration, facts, json_text, percent, size, some, table
 from ftray.config import Run, parse_run
 from ftray.errors import RunError, RunStopped
@@ -261,6 +263,16 @@ def test_learning_text() -> None:
     assert learning_text(a_run("train.optimizer=sgd")) == "sft by sgd"
 
 
+def test_steps_text_says_when_commits_come() -> None:
+    held_out = ("data.held_out_fraction=0.1", "train.evaluate_every=20")
+    for overrides, said in (
+        ((), "commit at the end, and after 10 minutes without one"),
+        (held_out, "commit at the end, and every 20 steps, and after 10 minutes without one"),
+        ((*held_out, "train.commit_every=7"), "commit at the end, and every 7 steps"),
+    ):
+        assert steps_text(a_run(*overrides)).splitlines()[-1] == said
+
+
 def test_words() -> None:
     assert (count(1234567), some(1, "row"), some(2000, "row")) == ("1,234,567", "1 row", "2,000 rows")
     assert (percent(0.005223), percent(0.5), percent(1.0)) == ("0.522 %", "50 %", "100 %")
@@ -430,7 +442,8 @@ def test_data_description() -> None:
 
 SUMMARY: dict[str, Any] = {
     "name": "a", "folder": "runs/a", "artefact": "runs/a/artefact", "steps": 100, "seconds": 61.0, "base_loss": 4.0,
-    "final_loss": 1.1, "best_loss": 1.0, "best_step": 90, "trainable_parameters": 10, "parameters": 1000,
+    "final_loss": 1.1, "best_loss": 0.9, "best_step": 80, "trainable_parameters": 10, "parameters": 1000,
+    "artefact_step": 90, "artefact_loss": 1.0,
     "target_tokens": 5, "target_tokens_per_second": 640.0, "skipped_steps": 1, "peak_memory_gib": 0.5,
     "reason": "finished", "method": "qlora", "workers": 2, "resumed_from": 50,
 }  # fmt: skip
@@ -442,13 +455,15 @@ def test_summary() -> None:
         "100 in 1 min 01 s (finished)",
         "4.0000 → 1.0000, 25 % of the base's, at step 90",
         "after step 50",
+        "640 target tokens/s on 2 workers",
         "runs/a/artefact",
         "runs/a/report.html",
         "with PEFT",
     ):
         assert part in told
-    nothing = dict.fromkeys(("base_loss", "best_loss", "final_loss", "resumed_from"))
-    bare = summary_text(SUMMARY | nothing | {"method": "full"}, None)
+    nothing = dict.fromkeys(("base_loss", "best_loss", "final_loss", "artefact_loss", "resumed_from"))
+    bare = summary_text(SUMMARY | nothing | {"method": "full", "workers": 1}, None)
+    assert "on 1 worker\n" in bare
     assert "held-out" not in bare
     assert "with transformers" in bare
 
@@ -489,6 +504,32 @@ def test_the_first_signal_asks_and_the_handlers_come_back() -> None:
             break
         time.sleep(0.01)
     assert said[0].startswith("SIGTERM: stopping after this step")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (["status", "progress"], "SIGINT: stopping; training has not begun yet; once more leaves at once"),
+        (["progress", "start", "step"], "SIGINT: stopping after this step, with a commit; once more leaves at once"),
+    ],
+)
+def test_what_a_signal_comes_to(monkeypatch: pytest.MonkeyPatch, kinds: list[str], said: str) -> None:
+    """While rows are prepared there is no step to wait for, and none to commit."""
+
+    def train(_run: Run, *, on_event: Any, stop: threading.Event, verbose: bool) -> None:
+        for kind in kinds:
+            on_event({"kind": kind})
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(5)
+        raise RunStopped("stopped")
+
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr("ftray.train.launch.train", train)
+    with pytest.raises(RunStopped):
+        train_run(a_run(), lambda event: told.put(event.get("text")), verbose=False)  # type: ignore[arg-type]
+    while (text := told.get(timeout=5)) is None:
+        pass
+    assert text == said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import re
 import shutil
 import subprocess
@@ -210,6 +211,34 @@ def test_a_pod_that_ends_has_time_to_commit(file: Path, document: dict[str, Any]
         assert max(waits, default=0) + 20 < pod["terminationGracePeriodSeconds"]
 
 
+@pytest.mark.parametrize(("file", "document"), [(f, d) for f, d in RAY if d["kind"] != "RayService"], ids=name)
+def test_a_pod_that_ends_waits_for_whatever_trains_in_it(file: Path, document: dict[str, Any]) -> None:
+    """Workers of runs, and the hosts of lanes, as Ray calls their processes."""
+    from ftray.tune.host import Host
+
+    for group in cluster_of(document)["workerGroupSpecs"]:
+        *_, script = group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        (pattern,) = re.findall(r'pgrep -f "(.*?)"', script)
+        for process in ("ray::RayTrainWorker.execute", f"ray::{Host.__name__}", f"ray::{Host.__name__}.next"):
+            assert re.search(pattern, process), process
+        for process in (f"bash -c {script}", "ray::IDLE", "/usr/bin/raylet", "ray::DashboardAgent"):
+            assert not re.search(pattern, process), process
+
+
+def test_budgets_are_whole_numbers_of_pods_that_stay(crds: Path) -> None:
+    """Kubernetes takes no other for pods whose owner has no scale subresource."""
+    for kind, plural in RAY_KINDS.items():
+        text = gzip.decompress((crds / f"ray.io_{plural}.yaml.gz").read_bytes())
+        versions = yaml.load(text, yaml.CSafeLoader)["spec"]["versions"]
+        assert not any("scale" in version.get("subresources", {}) for version in versions), kind
+    budgets = {d["metadata"]["name"]: d["spec"] for _, d in ALL if d["kind"] == "PodDisruptionBudget"}
+    for budget in budgets.values():
+        assert budget.keys() == {"minAvailable", "selector"}
+        assert isinstance(budget["minAvailable"], int)
+    assert budgets["engines"]["minAvailable"] == worker_of(a_copy("RayService"))["minReplicas"] - 1
+    assert budgets["heads-of-runs"]["minAvailable"] > 100, "more than there are: none may be taken"
+
+
 def test_the_queue_that_jobs_wait_in_exists() -> None:
     queues = {found["metadata"]["name"] for _, found in ALL if found["kind"] == "LocalQueue"}
     for _, document in RAY:
@@ -286,7 +315,7 @@ def test_core_files_fit_kubernetes(file: Path, document: dict[str, Any]) -> None
     ("kind", "place", "key"),
     [
         ("NetworkPolicy", ("spec",), "podSelectors"),
-        ("PodDisruptionBudget", ("spec",), "maxUnavailables"),
+        ("PodDisruptionBudget", ("spec",), "minAvailables"),
         ("PersistentVolumeClaim", ("spec", "resources"), "request"),
         ("StatefulSet", ("spec", "template", "spec"), "container"),
         ("Service", ("spec",), "port"),

@@ -153,6 +153,23 @@ def test_artefacts_that_are_half_damaged_or_of_another_step(folder):
     assert after.goes_on
 
 
+@pytest.mark.parametrize("damage", ["flip", "gone"])
+def test_an_artefact_of_the_last_step_where_the_best_commit_is_lost(folder, damage):
+    """As a run chooses. One that was made of the best before it was lost is right as well."""
+    commits.write(folder, Commit(Progress(step=2, finished="finished", best_step=1), State({"a": torch.ones(1)}, {})))
+    fs, path = fsspec.core.url_to_fs(commits.place_of(folder, 1))
+    if damage == "flip":
+        _change(f"{commits.place_of(folder, 1)}/model.safetensors", lambda old: old[:-1] + bytes([old[-1] ^ 1]))
+    else:
+        fs.rm(path, recursive=True)
+    missing = [finding for finding in examine(folder).findings if finding.where.endswith("/artefact")]
+    assert [finding.remedy for finding in missing] == ["the same command writes it anew, from the commit of step 2"]
+    for step in (1, 2):
+        write_text(join(folder, "artefact/ftray.json"), json.dumps({"files": {}, "step": step}))
+        assert all("damaged commit" in finding.what for finding in examine(folder).findings)
+        assert mend(examine(folder)).findings == []
+
+
 def test_damaged_data_hinder_and_are_prepared_again(folder):
     _change(join(folder, "data/abc/rows.arrow"), lambda _: b"rowz")
     before = examine(folder)
@@ -221,9 +238,9 @@ with lease({str(tmp_path)!r}):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
-        who, alive = lease.holder(str(tmp_path)) or ("", False)
-        assert alive
-        assert str(process.pid) in who
+        [holder] = lease.holders(str(tmp_path))
+        assert holder.alive
+        assert str(process.pid) in holder.who
         process.kill()
     assert not psutil.pid_exists(process.pid)
     write_text(tmp_path / "run.yaml", RUN + f"output: {tmp_path}\n")

@@ -6,13 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 
 from ftray.cli.check import batch_text
 from ftray.config import Run, parse_run
-from ftray.errors import ConfigError
+from ftray.errors import ConfigError, RunError
+from ftray.train import pulse, watch
 from ftray.train.board import Board
+from ftray.train.launch import _may_start_again
 from ftray.train.places import SETTLE_SECONDS, enough, missing
 from ftray.train.pulse import SILENT_SECONDS, Life, birth, end_process, hanging
 from ftray.train.watch import Retries
@@ -115,12 +121,118 @@ def test_a_board_sends_those_home_whose_group_was_followed_by_another():
     assert board.join(0, a_life(0, 0))
     assert board.beat(0, 0, 1, "a step") == "go on"
     board.leave()
-    assert board.push([]), "the loop hears it with its next events"
+    assert board.push(0, []), "the loop hears it with its next events"
     assert board.beat(0, 0, 2, "a step") == "stop"
     board.open(1)
     assert board.beat(0, 0, 3, "a step") == "end"
     assert not board.join(0, a_life(1, 0))
-    assert not board.push([]), "the wish was for the group before"
+    assert not board.push(1, []), "the wish was for the group before"
+
+
+def test_a_board_hears_nothing_of_a_group_that_was_followed_by_another():
+    board = Board()
+    board.open(0)
+    board.join(0, a_life(0, 0))
+    board.fail(0, RunError("of the group that is over"))
+    board.open(1)
+    board.push(0, [{"kind": "step"}])
+    board.fail(0, RunError("late"))
+    board.crash(0, "late")
+    board.finish(0, {"reason": "finished"})
+    assert board.outcome() == {"error": None, "summary": None, "crashes": []}
+    assert board.failures() == 0
+    assert board.drain(stop=False) == []
+    board.push(1, [{"kind": "step"}])
+    board.crash(1, "mine")
+    board.finish(1, {"reason": "stopped"})
+    assert board.outcome() == {"error": None, "summary": {"reason": "stopped"}, "crashes": ["mine"]}
+    assert board.drain(stop=False) == [{"kind": "step"}]
+
+
+def test_a_board_that_was_closed_sends_everybody_home_and_lets_their_silence_grow():
+    board = Board()
+    board.open(0)
+    for rank in (0, 1):
+        board.join(0, a_life(rank, 0))
+    board.part(0, 1)
+    assert [life.rank for life in board.close()] == [0, 1]
+    time.sleep(0.1)
+    assert board.beat(0, 0, 1, "a step") == "end"
+    assert not board.join(0, a_life(2, 0))
+    [life] = board.lives()
+    assert life.silent >= 0.1, "a sign of life that was not wanted extends no lease"
+
+
+def waited_out(writer: Life | None, left: list[Life], stop: bool = False) -> tuple[float, list[str]]:
+    """(seconds until the next group may open, what was told), for a writer that says nothing more."""
+    began, told, stopped = time.monotonic(), list[str](), threading.Event()
+    if stop:
+        stopped.set()
+
+    def lives() -> list[Life]:
+        now = time.monotonic() - began
+        return [a_life(1, 5)] + ([replace(writer, silent=writer.silent + now)] if writer else [])
+
+    watch.wait_out(lives, left, stopped, told.append)
+    return time.monotonic() - began, told
+
+
+def test_a_group_opens_once_a_writer_that_cannot_be_reached_has_ended_by_itself(monkeypatch):
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 0.4)
+    monkeypatch.setattr(watch, "_PARTING_SECONDS", 0.1)
+    writer = a_life(0, 5)
+    seconds, told = waited_out(writer, [writer])
+    assert seconds >= 0.4
+    assert len(told) == 1
+    assert "worker 0 (pid 100 on 10.0.0.0), which writes the commits, cannot be reached" in told[0]
+    for writer_now, left, stop in (
+        (writer, [a_life(1, 5)], False),  # it is known to be gone; the other writes nothing
+        (None, [writer], False),  # its loop had ended
+        (replace(writer, silent=0.6), [writer], False),  # Ray took longer to miss it than it had to live
+        (writer, [writer], True),
+    ):
+        _, told = waited_out(writer_now, left, stop)
+        assert told == [], "nobody is waited for"
+
+
+def test_a_worker_that_hears_nothing_ends_in_time_however_it_is_told(monkeypatch):
+    """A connection that breaks at once and a call that is never answered after it: one lease, not two."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RaySystemError
+
+    monkeypatch.setattr(pulse, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.05)
+    ended, calls = threading.Event(), list[float]()
+
+    def get(_: object, timeout: float) -> str:
+        calls.append(timeout)
+        if len(calls) == 1:
+            time.sleep(0.5)
+            raise RaySystemError("the connection broke")
+        time.sleep(timeout)
+        raise GetTimeoutError
+
+    def leave(_: int) -> None:
+        ended.set()
+        beating.end()
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(pulse.os, "_exit", leave)
+    beating = pulse.Pulse(MagicMock(), 0, 0)
+    assert ended.wait(60)
+    assert calls[1] <= 0.5
+
+
+class StartupTimeout(Exception):
+    """As Ray Train's, by its name."""
+
+
+def test_places_that_look_free_and_never_are_end_the_run(tmp_path):
+    run, failure = a_run(f"output={tmp_path}"), Exception()
+    failure.controller_failure = StartupTimeout()  # type: ignore[attr-defined]
+    retries, now = Retries(1), time.monotonic()
+    assert all(_may_start_again(run, failure, retries, now + 600) for _ in range(5)), "they may come yet"
+    assert [_may_start_again(run, failure, retries, now) for _ in range(3)] == [True, False, False]
 
 
 def test_a_board_knows_who_stands_still_and_forgets_who_is_done():

@@ -134,8 +134,9 @@ def test_an_endpoint_needs_a_model():
     assert Endpoint.of("https://example.org#m").url == "https://example.org/v1"
 
 
-def test_an_endpoint_is_evaluated_and_judged(served, tmp_path, capsys):
-    """A system over HTTP, and a judge over HTTP, through the command: no losses, scores, and the judge's verdicts."""
+@pytest.fixture
+def numbers(tmp_path) -> str:
+    """A run file whose rows ask for numbers, and whose answers are compared as they are."""
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{n}?", "completion": str(n)}) + "\n" for n in range(6))
     )
@@ -149,18 +150,27 @@ def test_an_endpoint_is_evaluated_and_judged(served, tmp_path, capsys):
         "evaluate": {"metrics": ["exact_match"], "examples": []},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(run))
+    return str(tmp_path / "run.yaml")
 
-    def knows(numbers: str) -> Answerer:
-        def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-            asked = body["messages"][0]["content"].rstrip("?")
-            return 200, completion(asked if asked in numbers else "unknown")
 
-        return answer
+def knows(numbers: str, asked: list[str] | None = None) -> Answerer:
+    """A system that knows these; `asked` gets what it is asked."""
 
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        number = body["messages"][0]["content"].rstrip("?")
+        if asked is not None:
+            asked.append(number)
+        return 200, completion(number if number in numbers else "unknown")
+
+    return answer
+
+
+def test_an_endpoint_is_evaluated_and_judged(served, numbers, tmp_path, capsys):
+    """A system over HTTP, and a judge over HTTP, through the command: no losses, scores, and the judge's verdicts."""
     systems = [served(knows("01")), served(knows("01234"))]
     names = [f"{each.url}#{name}" for each, name in zip(systems, ("weak", "strong"), strict=True)]
     referee = served(lambda path, body: prefers("unknown")(path, body))
-    arguments = ["--like", str(tmp_path / "run.yaml"), "--to", str(tmp_path), "--judge", f"{referee.url}#referee"]
+    arguments = ["--like", numbers, "--to", str(tmp_path), "--judge", f"{referee.url}#referee"]
     assert call(["evaluate", *names, *arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [system["scores"]["exact_match"]["score"] for system in told["systems"]] == pytest.approx(
@@ -176,3 +186,55 @@ def test_an_endpoint_is_evaluated_and_judged(served, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "strong against weak, judged: better 0, tie 3, worse 3" in text
     assert "6 of 6 held-out rows (100.0 %) are training rows too" in text
+
+
+def test_a_judges_failure_takes_no_answer_away(served, numbers, tmp_path, capsys):
+    """The result is there and shown, with the judge's verdicts as far as they go; `--kept` judges it, asking nothing
+    anew."""
+    asked: list[str] = []
+    weak, middling, strong = (served(knows(known, asked)) for known in ("01", "012", "01234"))
+    names = [f"{each.url}#{name}" for each, name in ((weak, "weak"), (middling, "middling"), (strong, "strong"))]
+    broken, calls = [True], [0]
+
+    def referee(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        calls[0] += 1
+        return (400, {"error": "no"}) if broken[0] and calls[0] > 2 else prefers("2")(path, body)
+
+    judged_by = f"{served(referee).url}#referee"
+    arguments = [*names, "--like", numbers, "--to", str(tmp_path), "--judge", judged_by]
+    assert call(["evaluate", *arguments, "--json"]) == 3
+    printed = capsys.readouterr()
+    assert "the judge failed: the endpoint does not answer: HTTP 400" in printed.err
+    assert "--kept" in printed.err
+    assert len(asked) == 18
+    kept = json.loads((tmp_path / "evaluation/result.json").read_text())
+    assert kept["systems"] == json.loads(printed.out.splitlines()[-1])["systems"]
+    assert [each["system"] for each in kept["judged"]] == ["middling"]
+    answers = (tmp_path / "evaluation/answers.jsonl").read_text()
+    assert len(answers.splitlines()) == 6
+
+    broken[0] = False
+    assert call(["evaluate", *arguments, "--kept", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(each["system"], each["better"], each["tie"]) for each in told["judged"]] == [
+        ("middling", 1, 5), ("strong", 1, 5),
+    ]  # fmt: skip
+    assert told["systems"] == kept["systems"]
+    assert len(asked) == 18
+    assert json.loads((tmp_path / "evaluation/result.json").read_text())["judged"] == told["judged"]
+    assert (tmp_path / "evaluation/answers.jsonl").read_text() == answers
+
+    assert call(["evaluate", *arguments, "--kept", "limit=3"]) == 2
+    assert "other systems or settings" in capsys.readouterr().err
+    assert call(["evaluate", *arguments[1:], "--kept"]) == 2
+    assert "other systems or settings" in capsys.readouterr().err
+
+
+def test_a_judge_without_answers_is_refused_before_anything_is_asked(served, numbers, tmp_path, capsys):
+    asked: list[str] = []
+    arguments = [f"{served(knows('0', asked)).url}#one", "--like", numbers, "metrics=[]", "--to", str(tmp_path)]
+    assert call(["evaluate", *arguments, "--judge", "https://example.org/v1#referee"]) == 2
+    assert "no answers to judge" in capsys.readouterr().err
+    assert call(["evaluate", *arguments, "--kept"]) == 2
+    assert "--kept goes with --judge" in capsys.readouterr().err
+    assert not asked

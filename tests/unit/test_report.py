@@ -138,6 +138,14 @@ def test_base_against_tuned(folder):
     assert "1 min 32 s" in page.text
 
 
+def test_tuned_is_what_the_artefact_holds(folder):
+    """Not the best where that commit was lost."""
+    (folder / "summary.json").write_text(json.dumps({"reason": "finished", "artefact_step": 40}))
+    page = _page(folder)
+    assert page.row("Loss, nats per target token")[1:] == ["4.0000", "1.2500", "0.312"]
+    assert page.row("Step")[2] == "40 (last)"
+
+
 def test_the_number_of_workers(folder):
     for workers, told in (("{min: 1, max: 4}", "1 to 4 workers"), ("{count: 1}", "1 worker"), ("{}", "1 worker")):
         run = parse_run(RUN, "cheese.yaml", [f"workers={workers}"])

@@ -70,6 +70,36 @@ def test_what_is_refused_and_how(override: str, told: str) -> None:
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        ("{method.name: {choice: [full, qlora]}}", "method.name: with scheduler pbt trials go on from each other's"),
+        ("{method.rank: {choice: [2, 4]}}", "this key decides which weights there are, of which shapes"),
+        ("{method.rank_pattern: {choice: [{q_proj: 2}, {}]}}", "of which shapes"),
+        ("{method.targets: {choice: [all-linear, [q_proj]]}}", "of which shapes"),
+        ("{method.alpha_pattern: {choice: [{q_proj: 2}, {}]}}", "another update of the same weights"),
+        ("{seed: {choice: [1, 2]}}", "which rows come when"),
+        ("{data.max_length: {choice: [64, 128]}}", "which rows come when"),
+        ("{train.batch_rows: {choice: [4, 8]}}", "which rows come when"),
+        ("{train.steps: {choice: [4, 8]}}", "how long a trial is"),
+        ("{train.optimizer: {choice: [lion, adamw]}}", "another value of this key; pbt can change train.learning_rate"),
+        ("{method: {choice: [lora, qlora]}}", "another value of this key"),
+    ],
+)
+def test_population_based_training_changes_what_a_commit_can_go_on_with(space: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        a_search("scheduler=pbt", f"space={space}")
+    assert told in str(caught.value)
+    a_search("scheduler=asha", f"space={space}")
+
+
+def test_population_based_training_is_of_lanes() -> None:
+    rates = "space={train.learning_rate: {loguniform: [1e-4, 1e-2]}, method.dropout: {choice: [0, 0.1]}}"
+    assert a_search("scheduler=pbt", rates, "space.train.schedule.warmup={choice: [0, 5]}").scheduler.name == "pbt"
+    with pytest.raises(ConfigError, match="leave out lanes: off"):
+        a_search("scheduler=pbt", rates, "lanes=off")
+
+
 def test_a_scheduler_needs_evaluations() -> None:
     text = SEARCH.replace("evaluate_every: 10, ", "")
     assert a_search(text=text).scheduler.name == "fifo"

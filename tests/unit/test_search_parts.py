@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from ftray.config import parse_run
-from ftray.errors import ConfigError
+from ftray.errors import ArtefactError, ConfigError, RunError
+from ftray.train import commits
+from ftray.train.commits import Commit, Progress, State
+from ftray.tune import driver
 from ftray.tune.driver import Hunt, open_ledger
+from ftray.tune.host import adopt
 from ftray.tune.ledger import Ledger
 from ftray.tune.outcome import front, outcome
 from ftray.tune.samplers import sampler_of
 from ftray.tune.schedulers import Recorded, scheduler_of
+from tests.toys import toy_run
 from tests.unit.test_search_config import a_search
 
 
@@ -69,6 +79,48 @@ def test_a_line_that_was_cut_off_never_counted(tmp_path) -> None:
         assert Ledger(str(tmp_path)).trials[0].results[-1]["loss"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"kind":"trial","index":0,"parameters":{}}', "trial 0 is proposed where trial 1 would be next"),
+        (b'{"kind":"result","index":7,"step":20}', "IndexError"),
+        (b'{"kind":"resu{"kind":"result","index":0,"step":20}', "line 3"),
+        (b"[]", "line 3"),
+        (b'{"kind":"finish","index":0}', "KeyError"),
+    ],
+)
+def test_a_ledger_that_two_wrote_says_where_and_what_to_do(tmp_path, line, says) -> None:
+    ledger = Ledger(str(tmp_path))
+    told(ledger, 0, 3.0, end="open")
+    file = tmp_path / "search.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + line + b"\n" + b'{"kind":"result","index":0,"step":20,"loss":1.5}\n')
+    with pytest.raises(ArtefactError) as caught:
+        Ledger(str(tmp_path))
+    assert says in str(caught.value)
+    assert "move line 3 and those after it out of the file" in str(caught.value)
+    file.write_bytes(whole)
+    assert state(Ledger(str(tmp_path))) == state(ledger)
+
+
+def test_a_second_search_in_a_folder_is_refused_by_the_name_of_the_first(tmp_path) -> None:
+    code = f"""
+import threading, time
+from ftray.train.lease import driving
+with driving({str(tmp_path)!r}, print, threading.Event(), commanded=True):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+    search, stop = a_search(f"output={tmp_path}"), threading.Event()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(RunError, match=f"process {process.pid} of this machine"):
+            driver.search(search, on_event=lambda _: None, stop=stop)
+        process.kill()
+    assert not (tmp_path / "search.yaml").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------- samplers
 
 
@@ -112,10 +164,30 @@ class TuneTrial:
     def should_recover(self) -> bool:
         return True
 
+    # what population based training asks of Tune
+
+    experiment_tag = ""
+    run_metadata = SimpleNamespace(checkpoint_manager=SimpleNamespace())
+
+    def is_finished(self) -> bool:
+        return self.status == "TERMINATED"
+
+    def set_experiment_tag(self, tag: str) -> None:
+        pass
+
+    def set_config(self, config: dict) -> None:
+        self.config = config
+
 
 class Controller:
     def __init__(self) -> None:
         self.trials: list[TuneTrial] = []
+
+    def _schedule_trial_save(self, trial, result):
+        return f"commit of {trial.trial_id}"
+
+    def pause_trial(self, trial, should_checkpoint) -> None:
+        trial.status = "PAUSED"
 
     def get_trials(self):
         return self.trials
@@ -132,10 +204,11 @@ class Played:
         self.scheduler = Recorded(scheduler_of(search, 10, 90), search, self.ledger, self.events.append)
         self.controller, self.trials, self.decisions = Controller(), {}, {}
 
-    def begin(self, index: int) -> None:
+    def begin(self, index: int, **parameters) -> None:
+        parameters = parameters or {"seed": index}
         if index >= len(self.ledger.trials):
-            self.ledger.write("trial", index=index, parameters={"seed": index})
-        trial = TuneTrial(f"t{index}", {"index": index, "parameters": {"seed": index}})
+            self.ledger.write("trial", index=index, parameters=parameters)
+        trial = TuneTrial(f"t{index}", {"index": index, "parameters": parameters})
         self.trials[index] = trial
         self.controller.trials.append(trial)
         self.scheduler.on_trial_add(self.controller, trial)
@@ -242,6 +315,98 @@ def test_ends_failures_and_lost_actors(tmp_path) -> None:
     assert played.ledger.trials[3].state == "open"
 
 
+# ----------------------------------------------------------------------------------------- population based training
+
+RATE = "train.learning_rate"
+
+
+def populated(folder, seed: int = 0, rates: str = "{loguniform: [1e-4, 1e-1]}", trials: int = 8) -> Played:
+    search = a_search("scheduler={name: pbt, interval: 10}", f"space={{{RATE}: {rates}}}", f"seed={seed}")
+    played = Played(search, folder)
+    for index in range(trials):
+        played.begin(index, **{RATE: 1e-2 if index % 2 else 1e-3})
+    return played
+
+
+def test_the_same_seed_changes_trials_to_the_same(tmp_path) -> None:
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        random.seed(number)
+        played = populated(tmp_path / str(number), seed)
+        for step in (10, 20, 30):
+            for index in range(8):
+                played.trials[index].status = "RUNNING"
+                played.report(index, step, loss_of(index, step))
+        kept = ("source", "step", "source_step", "parameters")
+        found.append([[{k: change[k] for k in kept} for change in trial.changes] for trial in played.ledger.trials])
+    assert any(found[0])
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_trial_changed_to_what_it_was_keeps_its_number(tmp_path) -> None:
+    """Tune hands it the whole configuration of the other one, which with the only rate there is has its parameters."""
+    played = populated(tmp_path, rates="{choice: [0.01]}", trials=4)
+    for index, loss in ((1, 2.0), (0, 1.0), (2, 3.0), (3, 9.0)):
+        played.report(index, 10, loss)
+    changed, trial = played.trials[3], played.ledger.trials[3]
+    assert changed.config["index"] == 3
+    assert changed.config["changes"] == len(trial.changes) == 1
+    assert trial.changes[0]["source"] == 0
+
+
+def test_a_changed_trial_is_judged_by_the_weights_that_it_has(tmp_path) -> None:
+    played = populated(tmp_path, trials=4)
+    for index, step, loss in ((3, 10, 0.2), (1, 10, 2.0), (2, 10, 3.0), (0, 10, 1.0), (3, 20, 2.0), (0, 20, 0.4)):
+        played.report(index, step, loss)  # the last one was good once
+        played.trials[index].status = "RUNNING"
+    played.report(3, 30, 9.0)
+    trial, config = played.ledger.trials[3], played.trials[3].config
+    assert [(c["source"], c["step"], c["source_step"]) for c in trial.changes] == [(0, 30, 20)]
+    assert trial.best(played.search) == (20, 0.4), "of the commit that it goes on from"
+    assert [r["step"] for r in trial.results] == [10, 20], "step 30 is undone"
+    assert json.loads(config["replay"]) == trial.results
+    for step, loss in ((10, 0.2), (20, 2.0), (30, 0.5), (40, 0.3)):  # what it reports again, and what is new
+        played.trials[3].status = "RUNNING"
+        played.report(3, step, loss)
+    assert [r["loss"] for r in trial.results] == [0.2, 2.0, 0.5, 0.3]
+    assert trial.best(played.search) == (40, 0.3)
+    assert state(Ledger(str(tmp_path))) == state(played.ledger)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_search_taken_up_again_knows_whether_a_change_was_made(tmp_path, taken) -> None:
+    search = a_search("scheduler=pbt", f"space={{{RATE}: {{choice: [0.01, 0.02]}}}}", "samples=2", f"output={tmp_path}")
+    ledger = Ledger(str(tmp_path))
+    for index in range(2):
+        told(ledger, index, 3.0 - index, end="open", **{RATE: 0.01})
+    ledger.write("change", index=0, parameters={RATE: 0.01}, step=10, source=1, source_step=10)
+    for step in (10, 20):
+        (tmp_path / f"trials/0001/commits/step-{step:08d}").mkdir(parents=True)
+    if taken:
+        (tmp_path / "trials/0000").mkdir()
+        (tmp_path / "trials/0000/source.json").write_text(json.dumps({"commit": "some", "changes": 1}))
+    hunt = Hunt(search, ledger, lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    source = hunt._source(ledger.trials[0])
+    assert source == (None if taken else f"{tmp_path}/trials/0001/commits/step-00000010")
+    assert hunt._source(ledger.trials[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("run.method={name: ia3}", "method ia3 trains something else"),
+        ("run.train.optimizer=lion", "train.optimizer is not adamw"),
+        ("run.workers={count: 2}", "it wants several workers"),
+    ],
+)
+def test_trials_that_cannot_be_lanes_are_no_population(tmp_path, override, reason) -> None:
+    space = f"space={{{RATE}: {{loguniform: [1e-4, 1e-1]}}}}"
+    search = a_search("scheduler=pbt", space, override, f"output={tmp_path}")
+    hunt = Hunt(search, Ledger(str(tmp_path)), lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=reason):
+        hunt.check_ahead()
+
+
 # -------------------------------------------------------------------------------------------------- outcome and budgets
 
 
@@ -313,3 +478,17 @@ def test_each_node_has_workers_with_a_base_of_its_own(nodes, free, found) -> Non
     from ftray.tune.driver import divided
 
     assert divided(nodes, free) == found
+
+
+@pytest.mark.parametrize(("best", "evaluated_at", "kept"), [(4, 8, (8, 2.0)), (8, 8, (8, 1.0)), (4, 6, (None, None))])
+def test_weights_of_another_trial_do_not_bring_its_best_commit_along(tmp_path, best, evaluated_at, kept) -> None:
+    """A commit of that step in the trial's own folder is of other weights."""
+    theirs = Progress(step=8, best_step=best, best_loss=1.0, final_loss=2.0, evaluated_at=evaluated_at)
+    source = commits.write(str(tmp_path / "theirs"), Commit(theirs, State({"a": torch.ones(1)}, {})))
+    run = toy_run(tmp_path / "mine")
+    for step in (4, 12):
+        commits.write(run.folder, Commit(Progress(step=step), State({"a": torch.zeros(1)}, {})))
+    adopt(run, "digest", source, {"a": (1,)})
+    assert commits.steps_of(run.folder) == [4, 8]
+    progress = commits.read(commits.place_of(run.folder, 8)).progress
+    assert (progress.best_step, progress.best_loss) == kept

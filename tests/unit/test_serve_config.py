@@ -68,6 +68,24 @@ def test_keys_of_rays_that_it_would_ignore_are_refused() -> None:
     assert "http_optoins: unknown key; did you mean 'http_options'?" in refusal(wrong)
 
 
+def test_whoever_deploys_is_told_to_check_first() -> None:
+    from ftray.cli.commands.artefacts import serve
+
+    root = Path(__file__).parents[2]
+    for text in ((root / "README.md").read_text(encoding="utf-8"), serve.__doc__ or "", EXAMPLE):
+        assert "serve deploy" in text
+        assert "--check" in text
+
+
+def test_the_endpoint_on_kubernetes_says_where_the_admin_key_goes() -> None:
+    """Without one Prometheus is refused there."""
+    text = (Path(__file__).parents[2] / "cluster" / "kuberay" / "rayservice.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text)["spec"]["serveConfigV2"]
+    assert parse_serve(config, "rayservice").config.admin_key_sha256 is None
+    filled = config.replace('# admin_key_sha256: "…"', 'admin_key_sha256: "' + "0" * 64 + '"')
+    assert parse_serve(filled, "rayservice").config.admin_key_sha256 == "0" * 64
+
+
 def test_two_applications_are_refused() -> None:
     raw = yaml.safe_load(SMALL)
     raw["applications"] *= 2

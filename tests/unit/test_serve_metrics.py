@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve import metrics
 from serve.metrics import ADAPTER_COUNTERS, ENGINE_COUNTERS, ENGINE_GAUGES, Metrics
 
+ROOT = Path(__file__).parents[2]
 ROWS = json.loads((resources.files("serve") / "grafana.json").read_text(encoding="utf-8"))
 _NAME = re.compile(r"\bftray_[a-z_]+\b")
 _LABELS = re.compile(r"by \(([^)]*)\)|\b(\w+)=~|\{\{(\w+)\}\}")
@@ -65,6 +68,18 @@ def test_every_label_of_the_dashboard_is_one_of_its_series() -> None:
         }
         for label in labels - {""}:
             assert any(label in there[name] for name in names), (label, expression)
+
+
+def test_a_series_that_several_pods_tell_counts_once() -> None:
+    """Prometheus asks every pod, and each page has all engines on it."""
+    rules = yaml.safe_load((ROOT / "cluster" / "observability" / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
+    alerts = [rule["expr"] for group in rules for rule in group["rules"]]
+    drawn = [expression for expression, _ in expressions() if not expression.startswith("label_values")]
+    ours = [expression for expression in drawn + alerts if _NAME.search(expression)]
+    assert len(ours) > 30
+    for expression in ours:
+        once = re.findall(r"max without \(instance, job, pod\) \((?:\w+\()?ftray_", expression)
+        assert len(once) == len(_NAME.findall(expression)), expression
 
 
 def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from ftray.session import usable_cpus, worker_environment
+from ftray.session import in_a_package, usable_cpus, worker_environment
 
 
 def test_no_secret_reaches_rays_logs():
@@ -19,6 +20,8 @@ def test_no_secret_reaches_rays_logs():
         "FTRAY_API_KEY": "secret",
         "NCCL_SOCKET_IFNAME": "eth1",
         "AWS_SECRET_ACCESS_KEY": "secret",
+        "HF_ENDPOINT": "https://anna:secret@mirror.example",
+        "FTRAY_REGISTRY": "s3://bucket/adapters?token=secret",
     }
     passed = worker_environment(environment, verbose=False)
     assert not [value for value in passed.values() if "secret" in value]
@@ -56,3 +59,14 @@ def test_nobody_counts_the_machines_cpus_instead() -> None:
     root = Path(__file__).parents[2]
     files = [path for part in ("ftray", "serve") for path in (root / part).rglob("*.py")]
     assert [f.name for f in files if "cpu_count" in f.read_text(encoding="utf-8")] == ["session.py"]
+
+
+@pytest.mark.parametrize("there", ["package", "below it", "elsewhere", "no job"])
+def test_a_jobs_own_folder_is_known(tmp_path, monkeypatch, there):
+    """`ray job submit --working-dir`: the job begins in the package that Ray unpacked."""
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    (package / "below").mkdir(parents=True)
+    monkeypatch.chdir({"below it": package / "below", "elsewhere": tmp_path}.get(there, package))
+    runtime_env = {"runtime_env": {"working_dir": "gcs://_ray_pkg_0123.zip"} if there != "no job" else None}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(runtime_env))
+    assert in_a_package() is (there in ("package", "below it"))

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ftray.errors import FtrayError, RunError, UserError
 from ftray.jobs import follow as follow_module
 from ftray.jobs.cluster import ConnectionLost, Job, address_of, use_token
 from ftray.jobs.follow import Follower, OwnLines
-from ftray.jobs.listing import FOLDERS, NAME, RunState, find, folders_in, from_events, is_ours, look, merged, of_job
+from ftray.jobs.listing import FOLDERS, LEASE, NAME, RunState, find, folders_in, from_events, is_ours, merged, of_job
 from ftray.jobs.luggage import UPLOAD_LIMIT, Luggage
 from ftray.jobs.outcome import outcome
 from ftray.jobs.package import Package, pack, variables
@@ -58,9 +59,12 @@ def with_data(*paths: str, **more: Any) -> dict[str, Any]:
     return {"data": {"sources": [{"path": path, "format": "text"} for path in paths], "max_length": 64, **more}}
 
 
+def commands() -> dict[str, Any]:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
 def packed(*arguments: str, upload: bool = False, shared: tuple[str, ...] = ()) -> Package:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return pack(_parsed(arguments, commands), Luggage(upload=upload, shared=shared))
+    return pack(_parsed(arguments, commands()), Luggage(upload=upload, shared=shared))
 
 
 def line(package: Package) -> str:
@@ -215,6 +219,37 @@ def test_an_endpoint(here: Path) -> None:
         packed("serve", "serve.yaml", "registry=adapters", upload=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "no such file"),
+        ("http_options: {port: 9000}\n", "applications"),
+        ("applications: []\n", "applications"),
+        ("applications: [{import_path: 'serve.app:build'}]\n", "args"),
+        ("applications: [{import_path: 'serve.app:build', args: {registry: s3://b/r}}]\n", "model"),
+        ("applications: [{import_path: 'serve.app:build', args: {model: {path: embedded}, slots: 3}}]\n", "slots"),
+    ],
+)
+def test_an_endpoint_that_is_none_is_told_with_place_and_key(
+    text: str | None, told: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (here / "serve.yaml").write_text(text)
+    assert call(["submit", "--dry-run", "--", "serve", "serve.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: serve.yaml: ")
+    assert told in error
+
+
+@pytest.mark.parametrize("words", [("serve", "a.yaml", "b.yaml"), ("tune", "a.yaml", "b.yaml")])
+def test_one_file_where_one_is_taken(words: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = {"model": {"path": "embedded"}}
+    file = {"applications": [{"import_path": "serve.app:build", "args": args}]}
+    (here / "a.yaml").write_text(yaml.safe_dump(file))
+    assert call(["submit", "--dry-run", "--", *words]) == 2
+    assert "one is taken" in capsys.readouterr().err
+
+
 def test_other_commands_and_wrong_words_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["submit", "--", "publish", "runs/a"]) == 2
     assert "no job for a cluster" in capsys.readouterr().err
@@ -261,6 +296,37 @@ def test_a_secret_in_the_command_is_refused_and_not_repeated(here: Path) -> None
     with pytest.raises(UserError, match="looks like a secret") as refused:
         packed("train", "run.yaml", "logging.mlflow=https://me:hunter2secret@host", upload=True)
     assert "hunter2" not in str(refused.value)
+
+
+def test_credentials_in_an_output_are_refused_and_not_repeated(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They come from a variable, and would stand in the job's metadata, filled in."""
+    monkeypatch.setenv("PW", "hunter2")
+    write(here / "run.yaml", output="s3://me:${PW}@bucket/{name}", **with_data("s3://bucket/x.jsonl"))
+    for more in ([], ["--json"]):
+        assert call(["submit", "--dry-run", *more, "--", "train", "run.yaml"]) == 2
+        told = "".join(capsys.readouterr())
+        assert "output of a: s3://***@bucket/a: credentials stand in this URI" in told
+        assert "AWS_PROFILE" in told
+        assert "hunter2" not in told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path: https://me:${PW}@host/x.jsonl",
+        "path: https://${PW:-nobody}@host/${PLAIN}.jsonl",
+        "path: https://host/x.jsonl?token=${PW}",
+        "headers: {Authorization: Bearer ${PW}}",
+    ],
+)
+def test_a_variable_among_credentials_is_a_secret_whatever_it_is_called(text: str, here: Path) -> None:
+    package = Package(_parsed(["train", "run.yaml", "name=${PLAIN}"], commands()), Luggage(), texts=[text])
+    environment = {"PW": "hunter2", "PLAIN": "a"}
+    assert variables(package, [], environment) == ({"PLAIN": "a"}, ["PW"])
+    with pytest.raises(UserError, match="looks like a secret"):
+        variables(package, ["PW"], environment)
 
 
 def test_variables_of_the_job_are_not_given_twice() -> None:
@@ -424,19 +490,70 @@ EVENTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("more", "age", "state"),
+    ("more", "held", "state"),
     [
-        ([], 10, "running"),
-        ([], 1000, "interrupted"),
-        ([{"kind": "end", "reason": "finished"}], 10, "finished"),
-        ([{"kind": "end", "reason": "early stopping"}], 1000, "finished"),
-        ([{"kind": "end", "reason": "stopped"}], 1000, "stopped"),
-        ([{"kind": "end", "reason": "stopped"}, {"kind": "start", "steps": 40}], 10, "running"),
+        ([], True, "running"),
+        ([], False, "interrupted"),
+        ([{"kind": "end", "reason": "finished"}], False, "finished"),
+        ([{"kind": "end", "reason": "early stopping"}], False, "finished"),
+        ([{"kind": "end", "reason": "stopped"}], False, "stopped"),
+        ([{"kind": "end", "reason": "stopped"}], True, "running"),
+        ([{"kind": "end", "reason": "stopped"}, {"kind": "start", "steps": 40}], False, "interrupted"),
     ],
 )
-def test_what_a_folder_says(more: list[dict[str, Any]], age: float, state: str) -> None:
-    found = from_events({"name": "a", "train": {"epochs": 1}}, "runs/a", [*EVENTS, *more], 5000 - age, 5000)
+def test_what_a_folder_says(more: list[dict[str, Any]], held: bool, state: str) -> None:
+    found = from_events({"name": "a", "train": {"epochs": 1}}, "runs/a", [*EVENTS, *more], 10.0, held)
     assert (found.state, found.step, found.of, found.loss, found.held_out) == (state, 7, 40, 2.5, 6.0)
+
+
+def a_lease(folder: Path, *, age: float) -> None:
+    """Of a process of another machine."""
+    told = {"host": "elsewhere", "pid": 1, "born": 1.0, "commanded": False, "beat": time.time() - age}
+    (folder / LEASE).write_text(json.dumps(told))
+
+
+def listed(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    assert call(["runs", "list", "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_who_holds_the_lease_is_at_work_however_old_the_metrics_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On an object store they move only when something is committed."""
+    from ftray.train import lease
+
+    assert lease.LEASE == LEASE
+    write(tmp_path / "a/run.yaml")
+    metrics = tmp_path / "a/metrics.jsonl"
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
+    assert listed(capsys, str(tmp_path))[0]["state"] == "interrupted", "moved a moment ago, by nobody who is there"
+    hour_ago = time.time() - 3600
+    os.utime(metrics, (hour_ago, hour_ago))
+    for age, state in ((5, "running"), (3000, "interrupted")):
+        a_lease(tmp_path / "a", age=age)
+        (found,) = listed(capsys, str(tmp_path))
+        assert (found["state"], found["step"]) == (state, 7)
+        assert found["age_seconds"] > 3500
+
+
+def test_a_search_is_at_work_while_a_trial_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search, hour_ago = tmp_path / "s", time.time() - 3600
+    (search / "trials/0003").mkdir(parents=True)
+    (search / "search.yaml").write_text("name: s\nsamples: 8\n")
+    (search / "search.jsonl").write_text("{}\n")
+    assert listed(capsys, str(tmp_path))[0]["state"] == "running", "it told something a moment ago"
+    for file in ("search.yaml", "search.jsonl"):
+        os.utime(search / file, (hour_ago, hour_ago))
+    assert listed(capsys, str(tmp_path))[0]["state"] == "interrupted"
+    a_lease(search / "trials/0003", age=5)
+    assert listed(capsys, str(tmp_path))[0]["state"] == "running"
+    (search / "outcome.json").write_text("{}\n")
+    assert listed(capsys, str(tmp_path))[0]["state"] == "finished"
+    (search / "outcome.json").write_text("{")
+    (found,) = listed(capsys, str(tmp_path))
+    assert (found["name"], found["state"]) == ("s", "?")
+    assert "JSONDecodeError" in found["unread"]
 
 
 def test_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -447,12 +564,11 @@ def test_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (tmp_path / "a/metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "st')
     assert folders_in(str(tmp_path)) == [f"{tmp_path}/a", f"{tmp_path}/b"]
     assert folders_in(str(tmp_path / "a")) == [str(tmp_path / "a")]
-    assert look(str(tmp_path / "notes")) is None
     assert call(["runs", "list", str(tmp_path)]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].split() == ["run", "state", "command", "step", "loss", "moved", "folder"]
     assert told[2].split()[:5] == ["a", "finished", "train", "7/40", "2.5000"]
-    assert told[3].split()[:4] == ["b", "interrupted", "train", "0/4"] or told[3].split()[1] == "interrupted"
+    assert told[3].split()[1] == "interrupted"
     assert call(["runs", "list", "--json", str(tmp_path / "a")]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["state"] == "finished"
@@ -477,6 +593,9 @@ def test_jobs_and_folders_are_told_once() -> None:
     assert "failed (3)" in runs_table(failed, 5000.0)
     gone_on = RunState("a", "finished", step=40, of=40, folder="s3://b/a", changed=9000.0)
     assert merged([job(2, "FAILED", exit_code=3, ended=2600.0)], [gone_on])[0].state == "finished"
+    held = replace(folder, state="running")  # by somebody without a job; on an object store nothing has moved yet
+    after = [merged([job(2, "FAILED", exit_code=3, ended=2600.0)], [held], now)[0].state for now in (2610.0, 3000.0)]
+    assert after == ["failed", "running"]
     both = merged([job(1, "SUCCEEDED", ended=1500.0)], [RunState("z", "running", folder="z", changed=9000.0)])
     assert [r.name for r in both] == ["z", "a"]
 
@@ -497,6 +616,93 @@ def test_a_job_is_found_by_what_it_fills() -> None:
         assert found.id == "a-2"
     assert find("a-1", jobs) == jobs[1]
     assert find("b", jobs) is None
+
+
+class Known:
+    """A cluster that knows these jobs."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.known = jobs
+
+    def jobs(self) -> list[Job]:
+        return self.known
+
+    def job(self, job: str) -> Job:
+        return next(found for found in self.known if found.id == job)
+
+    def logs(self, job: str) -> str:
+        return f"the log of {job}\n"
+
+    def stop(self, job: str) -> bool:
+        self.known = [replace(found, status="STOPPED", ended=1e9) for found in self.known if found.id == job]
+        return True
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets `ftray runs` find these jobs."""
+
+    def be(*jobs: Job) -> None:
+        cluster = Known(list(jobs))
+        monkeypatch.setattr("ftray.cli.runs.Cluster.open", lambda *_: cluster)
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+
+    return be
+
+
+def test_a_store_without_a_key_here_is_told_and_hides_nothing_else(
+    known: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    write(tmp_path / "b/run.yaml", name="b")
+    bucket = "s3://no-key-for-it"  # fsspec remembers the file systems of others
+    known(job(3, "RUNNING", str(tmp_path / "b")), job(2, "RUNNING", f"{bucket}/a"), job(1, "FAILED", f"{bucket}/c"))
+    assert call(["runs", "list"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    rows = {line.split()[-1]: line.split() for line in told[2:5]}
+    assert rows[f"{bucket}/a"][:4] == ["a", "running", "train", "?"]
+    assert rows[str(tmp_path / "b")][1] == "running"
+    assert told[-1].startswith(f"? {bucket}/a and 1 more there cannot be read from here: no credentials were found")
+    assert call(["runs", "show", "a-2"]) == 0
+    told = capsys.readouterr().out
+    assert "no credentials were found" in told
+    assert "a-2, RUNNING" in told
+    assert call(["runs", "show", f"{bucket}/a"]) == 0
+    assert "a-2, RUNNING" in capsys.readouterr().out
+    assert call(["runs", "show", f"{bucket}/nobodys"]) == 3
+    assert "no credentials were found" in capsys.readouterr().err
+    assert call(["runs", "stop", "a-2"]) == 0
+    assert "a-2 has ended" in capsys.readouterr().out
+
+
+def test_a_run_is_known_by_its_file(known: Callable[..., None], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(here / "runs/a")
+    write(here / "run.yaml", output=folder)
+    write(here / "runs/a/run.yaml", output=folder)
+    other = Job("b-1", "RUNNING", started=9e8, metadata=dict(job(9, "RUNNING", "s3://b/b").metadata))
+    known(other, job(1, "STOPPED", folder, ended=1500.0))
+    for given in ("run.yaml", folder, "a-1"):
+        assert call(["runs", "show", "--json", given]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["folder"], found["of_job"]["id"]) == (folder, "a-1")
+        assert call(["runs", "logs", given]) == 0
+        assert capsys.readouterr().out == "the log of a-1\n"
+    write(here / "moved.yaml", output="s3://elsewhere/{name}")
+    assert call(["runs", "logs", "moved.yaml"]) == 0
+    assert capsys.readouterr().out == "the log of b-1\n", "the newest job of a run of this name"
+    search = {"name": "s", "run": "run.yaml", "space": {"train.learning_rate": {"choice": [1e-3, 2e-3]}}}
+    more = {"overrides": {"data.held_out_fraction": 0.5}, "output": "s3://b/b"}
+    (here / "search.yaml").write_text(yaml.safe_dump(search | more))
+    assert call(["runs", "logs", "search.yaml"]) == 0
+    assert capsys.readouterr().out == "the log of b-1\n"
+    (here / "notes.yaml").write_text("a: 1\n")
+    assert call(["runs", "logs", "notes.yaml"]) == 2
 
 
 def test_errors_know_their_exit_codes() -> None:

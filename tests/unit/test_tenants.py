@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from ftray.errors import ConfigError
 from serve.errors import ApiError
 from serve.limits import Quotas
-from serve.tenants import Keyring, Limits, Tenants, hash_of, new_key, parse_tenants
+from serve.tenants import Keyring, Limits, Tenants, _read, hash_of, new_key, parse_tenants
 
 
 def tenants_text(*tenants: str) -> str:
@@ -97,6 +99,25 @@ def test_a_wrong_file_is_refused_with_the_place(text: str, said: str) -> None:
     assert "tenants.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["concurrency", "requests_per_minute"])
+def test_a_limit_that_cannot_be_divided_is_refused(key: str, tmp_path: Path) -> None:
+    """Each of four ingresses would let one in: twice the limit."""
+
+    def text(limit: int) -> str:
+        return tenants_text(tenant("acme", "a", more=f"    limits: {{{key}: {limit}}}"))
+
+    assert parse_tenants(text(4), "t", ingresses=4).tenants["acme"].limits
+    with pytest.raises(ConfigError) as error:
+        parse_tenants(text(2), "t", ingresses=4)
+    assert f"tenants.acme.limits.{key}: 2 among 4 ingresses (ingress.replicas)" in str(error.value)
+    assert "at least 4 each" in str(error.value)
+    file = tmp_path / "tenants.yaml"
+    file.write_text(text(4))
+    tenants = Tenants(str(file), every=0, ingresses=4)
+    file.write_text(text(2))
+    assert "the last good tenants stay" in (tenants.refresh() or "")
+
+
 # ----------------------------------------------------------------------------------------------------------- re-reading
 
 
@@ -131,6 +152,28 @@ def test_a_changed_file_is_taken_up_and_a_broken_one_is_not(tmp_path: Path) -> N
     assert "read again" in (tenants.refresh() or "")
     assert tenants.status.error is None
     assert tenants.tenant_of("four") == "acme"
+
+
+def test_one_who_looks_at_a_store_that_stands_still_holds_up_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text(tenants_text(tenant("acme", "one")))
+    tenants = Tenants(str(file), every=0)
+    looking, goes_on, real = threading.Event(), threading.Event(), _read
+
+    def stands_still(uri: str) -> str:
+        looking.set()
+        assert goes_on.wait(60)
+        return real(uri)
+
+    monkeypatch.setattr("serve.tenants._read", stands_still)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(tenants.refresh)
+        assert looking.wait(60)
+        assert threads.submit(tenants.refresh).result(60) is None
+        goes_on.set()
+        assert first.result(60) is None
 
 
 def test_the_file_may_be_anywhere_fsspec_reads() -> None:
@@ -216,6 +259,17 @@ def test_new_limits_hold_at_once_and_open_tickets_still_count() -> None:
         quotas.admit("acme", Limits(concurrency=2), tokens=1, answers=1)
     ticket.close()
     quotas.admit("acme", Limits(concurrency=2), tokens=1, answers=2)
+
+
+def test_a_share_is_told_as_one() -> None:
+    quotas = Quotas(shares=4)
+    with pytest.raises(ApiError, match=r"more than the 2 at one of 4 ingresses, which share .* concurrency of 8"):
+        quotas.admit("acme", Limits(concurrency=8), tokens=1, answers=3)
+    quotas.admit("acme", Limits(concurrency=8), tokens=1, answers=2)
+    with pytest.raises(ApiError, match="8 answers at once, of which 4 ingresses have an even share each"):
+        quotas.admit("acme", Limits(concurrency=8), tokens=1, answers=1)
+    with pytest.raises(ApiError, match="more than this tenant's concurrency of 2"):
+        Quotas().admit("acme", Limits(concurrency=2), tokens=1, answers=3)
 
 
 @given(st.integers(1, 5), st.integers(1, 200), st.lists(st.floats(0, 30), min_size=1, max_size=60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,17 @@ def test_commit_comes_back_as_it_went(tmp_path):
     assert torch.equal(back.state.optimizer["0/exp_avg"], commit.state.optimizer["0/exp_avg"])
     assert (back.state.plain, back.identity) == ({"0/step": 7}, {"seed": 1})
     assert not list((tmp_path / "commits").glob(".*"))
+
+
+def test_older_commits_took_the_base_for_a_best_step():
+    """What they say of it is true of early stopping alone."""
+    old = {"step": 8, "base_loss": 1.0, "best_loss": 1.0, "best_step": 0, "since_best": 2}
+    progress = Progress.of(old)
+    assert (progress.best_loss, progress.best_step) == (None, None)
+    assert (progress.to_beat, progress.since_best) == (1.0, 2)
+    better = Progress.of(old | {"best_loss": 0.5, "best_step": 4})
+    assert (better.best_loss, better.best_step, better.to_beat) == (0.5, 4, 0.5)
+    assert Progress.of(asdict(better)) == better
 
 
 def test_a_large_commit_is_written_in_files_of_limited_size(tmp_path, monkeypatch):

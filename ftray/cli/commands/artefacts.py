@@ -192,7 +192,8 @@ def serve(
     while it runs. Without a file of tenants and their keys it answers this machine alone. Ctrl-C ends it.
 
     The file is a Ray Serve config: `serve deploy SERVE.yaml` puts the same endpoint on a cluster, where paths should be
-    absolute or URIs, since Ray starts elsewhere.
+    absolute or URIs, since Ray starts elsewhere. Ray passes over keys that it does not know: `--check` first, which
+    refuses them.
 
     ftray serve --example > serve.yaml
 

@@ -126,7 +126,7 @@ runs = typer.Typer(
 app.add_typer(runs, name="runs")
 
 
-OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder, or a job's id.")]
+OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's file, folder or name, or a job's id.")]
 
 
 @runs.command("list")
@@ -148,7 +148,7 @@ def list_runs(
 
     States: waiting (its job has not begun), running, finished, stopped (it committed first), failed (with its exit
     code), interrupted (it ended without a word). From what is stopped, failed or interrupted the same command goes on.
-    Of a search, steps are trials.
+    Of a search, steps are trials. ? is what only a folder knows that cannot be read from here; below stands why.
     """
     from ftray.cli.runs import list_command
 

@@ -39,6 +39,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="READ,WRITTEN", help="What a million tokens cost the judge's user; the cost is told."),
     ] = None,
+    kept: Annotated[
+        bool, typer.Option("--kept", help="With --judge: it judges the answers that are kept; nothing else is asked.")
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -80,7 +83,7 @@ def evaluate(
 
     if matrix:
         given = {"--like": like, "--metrics": metrics, "--examples": examples, "--judge": judge}
-        given["--judge-price"] = judge_price
+        given |= {"--judge-price": judge_price, "--kept": kept}
         if odd := next((option for option, value in given.items() if value), None):
             raise UsageError(f"{odd} does not go with --matrix, which asks each task as its own run says")
         matrix_command(
@@ -96,6 +99,8 @@ def evaluate(
         return
     if general:
         raise UsageError("--general goes with --matrix")
+    if kept and not judge:
+        raise UsageError("--kept goes with --judge")
     if limit:
         systems = [*systems, f"limit={limit}"]
     evaluate_command(
@@ -105,6 +110,7 @@ def evaluate(
         examples=examples,
         judge=judge,
         prices=judge_price,
+        kept=kept,
         to=to,
         registry=registry,
         workers=workers,
