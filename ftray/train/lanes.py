@@ -307,7 +307,8 @@ class Base:
         for ask in asks:
             self._apart(ask)
         if memory and not any(ask.answer.exception() for ask in asks):
-            tokens = sum(batch.tokens.numel() for ask in asks for batch in ask.what.batches)  # type: ignore[union-attr]
+            whats = [ask.what for ask in asks if isinstance(ask.what, Gradients | Losses)]
+            tokens = sum(batch.tokens.numel() for what in whats for batch in what.batches)
             self.pass_tokens = max(1, min(self.pass_tokens, tokens) // 2)  # each by itself fitted: fewer at once
 
     def _apart(self, ask: _Ask) -> None:

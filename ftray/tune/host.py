@@ -341,8 +341,8 @@ def _lines_up_to(step: int, log: str) -> str:
     except FileNotFoundError:
         return ""
     for line in lines:
-        event = json.loads(line) if line.endswith("\n") else {"kind": "step", "step": math.inf}
-        if event["kind"] == "step" and event["step"] > step:
+        event: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"kind": "cut off"}
+        if event["kind"] == "cut off" or (event["kind"] == "step" and event["step"] > step):
             break
         kept.append(line)
     return "".join(kept)

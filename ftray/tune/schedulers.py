@@ -251,6 +251,7 @@ class Recorded(TrialScheduler):
             trial.config = self._configs[trial.trial_id] = mine | {
                 "parameters": parameters,
                 "changes": len(known.changes),
+                "source": None,  # Tune's checkpoint says
                 "replay": json.dumps(known.results),
             }
 

@@ -57,7 +57,7 @@ class Follower(Trainable):
         self._seat: Any = None
         self._unreported: list[dict[str, Any]] | None = None
         self._changes: int = config["changes"]
-        self._source: str | None = config["source"]
+        self._source: str | None = config["source"] if self._change_is_due() else None
         self._lost = 0
 
     def step(self) -> dict[str, Any]:
@@ -157,7 +157,9 @@ class Follower(Trainable):
         return {"trial": self._name, "commit": self._last_commit()}
 
     def _last_commit(self) -> str | None:
-        """Of the evaluation that was told last; each is told once its commit counts."""
+        """Of the evaluation that was told last, for others that go on from it; each is told once its commit counts."""
+        if self._search.scheduler.name != "pbt":
+            return None
         from ftray.train import commits  # torch with it: where there is no worker to ask, which is rare
 
         with suppress(FtrayError):
@@ -167,8 +169,11 @@ class Follower(Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Its own: the trial's folder has it anyway. Another's: population based training, once a change."""
-        if checkpoint and checkpoint["trial"] != self._name and changes_made(self._folder) < self._changes:
+        if checkpoint and checkpoint["trial"] != self._name and self._change_is_due():
             self._source = checkpoint["commit"]
+
+    def _change_is_due(self) -> bool:
+        return self._changes > 0 and changes_made(self._folder) < self._changes
 
     @property
     def _folder(self) -> str:
