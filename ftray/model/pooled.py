@@ -30,10 +30,12 @@ from ftray.model.trained import LowRankRows, Span, add_low_rank
 Key = Hashable
 """What an adapter is known by: its digest, a lane's number."""
 
-LONG = {"cpu": 64, "cuda": 32}
+LONG = {"cpu": 64}
 """A segment of this many tokens is a product of its own. Measured: tests/bench/pooled.py."""
+LONG_ELSEWHERE = 32
+"""The same on any other device: a guess."""
 LONG_IN_C = 48
-"""The same where `LowRank` multiplies."""
+"""The same where `LowRank` multiplies. Measured, as is `faster_in_c`."""
 SPARSE = 3
 """Blocks are copied together when the range that they lie in is more than this many times as many. A copy reads and
 writes what the product would read."""
@@ -159,7 +161,7 @@ class Products:
 
     groups: tuple[Group, ...]
     entries: tuple[Entries, ...]
-    """What `groups` would be, where low-rank products are computed by `LowRank`."""
+    """The same, computed by `LowRank`."""
     long: tuple[tuple[Any, int, int, int], ...]
     """(kind, block, first token, one past the last)"""
 
@@ -264,18 +266,17 @@ class Route:
             start += count
 
     def _make_products(self, at: Places, long_from: int | None = None) -> Products:
-        short, long = self._divided(at, long_from or LONG[self.device.type])
+        short, long = self._divided(at, long_from or LONG.get(self.device.type, LONG_ELSEWHERE))
         return Products(tuple(self._group(kind, blocks) for kind, blocks in short.items()), (), long)
 
-    def _make_compiled(self, at: Places, long_from: int = LONG_IN_C) -> Products:
-        short, long = self._divided(at, long_from)
-        entries = []
-        for kind, tokens_of in short.items():
-            starts = itertools.accumulate(map(len, tokens_of.values()), initial=0)
-            tokens = itertools.chain.from_iterable(tokens_of.values())
-            blocks, *rest = (torch.tensor(list(v), dtype=torch.int32) for v in (tokens_of, starts, tokens))
-            entries.append(Entries(kind, blocks, *rest))
-        return Products((), tuple(entries), long)
+    def _make_compiled(self, at: Places) -> Products:
+        short, long = self._divided(at, LONG_IN_C)
+        in_c = {kind: faster_in_c([len(tokens) for tokens in blocks.values()]) for kind, blocks in short.items()}
+        return Products(
+            tuple(self._group(kind, blocks) for kind, blocks in short.items() if not in_c[kind]),
+            tuple(_entries(kind, blocks) for kind, blocks in short.items() if in_c[kind]),
+            long,
+        )
 
     def _divided(
         self, at: Places, long_from: int
@@ -322,6 +323,20 @@ class Route:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.device)
+
+
+def faster_in_c(tokens: Sequence[int]) -> bool:
+    """Whether `LowRank` is faster than one batched product for blocks of so many tokens each. It takes its time for
+    each token; the other for each block, and a third as much for each place, of which all blocks have as many as the
+    fullest. Fitted to tests/bench/pooled.py, in the time of a token."""
+    return sum(tokens) <= 30 + len(tokens) * (4 + max(tokens) / 3)
+
+
+def _entries(kind: Any, tokens_of: dict[int, list[int]]) -> Entries:
+    starts = itertools.accumulate(map(len, tokens_of.values()), initial=0)
+    tokens = itertools.chain.from_iterable(tokens_of.values())
+    blocks, *rest = (torch.tensor(list(v), dtype=torch.int32) for v in (tokens_of, starts, tokens))
+    return Entries(kind, blocks, *rest)
 
 
 class Router:

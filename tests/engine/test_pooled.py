@@ -26,6 +26,7 @@ from ftray.model.pooled import (
     PooledModel,
     Route,
     Router,
+    faster_in_c,
 )
 from ftray.model.trained import LowRankRows
 
@@ -263,7 +264,9 @@ def test_low_ranks_in_c(compiled, data, shape, seed):
     segments = data.draw(segments_of(list(deltas)))
     x = normal(seed, shape[0], len(owners(segments))).bfloat16().T  # not contiguous
     router.route = Route(tuple(segments), CPU, compiled)
-    out = pooled(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "faster_in_c", lambda tokens: True)  # also where it is not
+        out = pooled(x)
     plain = pooled.base(x)
     for token, key in enumerate(owners(segments)):
         if key is None:
@@ -283,6 +286,62 @@ def test_nan_in_c_stays_with_its_own(compiled):
     router.route = Route(((0, 2), (1, 3), (2, 1), (None, 1)), CPU, compiled)
     out = pooled(normal(1, 7, IN).bfloat16())
     assert out.isfinite().all(1).tolist() == [True, True, False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "tokens", "in_c"),
+    [
+        (1, 1, True),
+        (8, 1, True),
+        (32, 1, True),
+        (8, 8, True),
+        (32, 4, True),
+        (8, 16, False),
+        (8, 32, False),
+        (32, 8, False),
+    ],
+)
+def test_who_multiplies_is_the_faster_one_of_the_benchmark(adapters, tokens, in_c):
+    """The rows of tests/bench/RESULTS.md."""
+    assert faster_in_c([tokens] * adapters) == in_c
+
+
+def test_many_tokens_of_one_beside_single_ones_stay_in_c():
+    """Batched, every block would have as many places as the fullest."""
+    assert faster_in_c([1] * 31 + [41])
+    assert faster_in_c([1] * 24 + [31] * 8)
+
+
+@torch.no_grad()
+def test_one_batch_may_have_both():
+    router = Router()
+    pooled = PooledLinear(a_linear("bias"), router, torch.float32, CPU)
+    deltas = {key: a_delta("low rank", 2 if key < 8 else 3, 10 * key) for key in range(10)}
+    for key, delta in deltas.items():
+        pooled.put(key, delta)
+    segments = [*((key, 32) for key in range(8)), (8, 2), (9, 1)]
+    calls = []
+
+    class InTorch:
+        def add(self, x, y, down, up, blocks, starts, tokens):
+            calls.append(len(tokens))
+            for i, block in enumerate(blocks.tolist()):
+                own = tokens[starts[i] : starts[i + 1]].long()
+                y[own] += (x[own] @ down[block].T) @ up[block]
+
+    router.route = Route(tuple(segments), CPU, InTorch())
+    x = normal(3, 259, IN)
+    expected = [one_token(pooled.base, deltas[k], t) for k, t in zip(owners(segments), x, strict=True)]
+    close(pooled(x), torch.stack(expected))
+    assert calls == [3], "of the rank with few tokens"
+
+
+def test_a_device_of_another_kind_has_a_threshold_too():
+    pools = module.Pools(torch.float32, torch.device("meta"))
+    pools.put("a", 2, torch.empty(2, 4), torch.empty(2, 4))
+    route = Route((("a", 3), ("a", module.LONG_ELSEWHERE)), torch.device("meta"))
+    products = route.products(pools)
+    assert len(products.groups) == len(products.long) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- bottlenecks
