@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ftray.errors import RunError
+from ftray.storage import reached
 from ftray.train import writer
 from ftray.train.commits import Commit, Progress, State, steps_of
 from ftray.train.writer import Writer, free_memory
@@ -68,6 +70,14 @@ def test_of_the_loops_error_and_the_commits_both_are_told(tmp_path):
     assert str(pickle.loads(pickle.dumps(raised.value))) == told, "it crosses processes on its way to the user"
     again = pickle.loads(pickle.dumps(RunError("alone")))
     assert (str(again), hasattr(again, "__notes__")) == ("alone", False)
+
+
+def test_a_note_outlives_the_translation_of_a_disks_error(tmp_path):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    error.add_note("the commit of step 3 was not written either")
+    with pytest.raises(RunError, match="no space is left") as raised, reached(tmp_path):
+        raise error
+    assert "step 3 was not written either" in str(raised.value)
 
 
 @pytest.fixture
