@@ -39,10 +39,15 @@ class FtrayError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}\n  → {self.hint}" if self.hint else text
+        return "\n  ".join([text, *([f"→ {self.hint}"] if self.hint else []), *self._notes()])
 
     def __reduce__(self):
-        return _rebuild, (type(self), self.what, self.where, self.hint)
+        notes = self._notes()
+        return _rebuild, (type(self), self.what, self.where, self.hint), {"__notes__": notes} if notes else None
+
+    def _notes(self) -> list[str]:
+        """What went wrong besides, as `add_note` took it."""
+        return list(getattr(self, "__notes__", []))
 
 
 def _rebuild(kind: type[FtrayError], what: str, where: str | None, hint: str | None) -> FtrayError:

@@ -60,6 +60,8 @@ def reached(where: str | Path, *, lasting: bool = False) -> Iterator[None]:
         told = explained(error, where)
         if told is None or (lasting and isinstance(told, StoreSilent)):
             raise
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
         raise told from error
 
 

@@ -62,12 +62,14 @@ class Writer:
         copied = replace(commit, progress=replace(commit.progress), state=held or commit.state)
 
         def write() -> str:
-            self._insisting(before)
-            files = staged or commits.stage(self.folder, copied)
+            files = staged
             try:
+                self._insisting(before)
+                files = files or commits.stage(self.folder, copied)
                 where = self._insisting(partial(commits.complete, files))
             finally:
-                files.discard()
+                if files:
+                    files.discard()
             self._insisting(after)
             return where
 
@@ -132,9 +134,10 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # no such files, or "max": no limit
         limit = int((cgroup / "memory.max").read_text())
-        # page cache counts as used there, and goes when it is needed
-        cached = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines()).get("file", "0")
-        free = min(free, limit - int((cgroup / "memory.current").read_text()) + int(cached))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        # page cache counts as used there, and goes when it is needed; shared memory, as Ray's store is, stays
+        cached = int(stat.get("file", "0")) - int(stat.get("shmem", "0"))
+        free = min(free, limit - int((cgroup / "memory.current").read_text()) + cached)
     return free
 
 

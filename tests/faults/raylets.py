@@ -6,9 +6,8 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 NODE_MEMORY = 80 * 2**20
 
@@ -50,31 +49,33 @@ class Raylets:
         )
 
     def start(self, file: Path, *overrides: str) -> Driver:
-        environment = os.environ | {"RAY_ADDRESS": self._cluster.address}
-        return Driver(file, overrides, environment)
+        return Driver(
+            subprocess.Popen(
+                [sys.executable, "-m", "ftray.cli.main", "train", str(file), *overrides],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | {"RAY_ADDRESS": self._cluster.address},
+                start_new_session=True,
+            )
+        )
 
     def close(self) -> None:
         self._cluster.shutdown()
 
 
 class Driver:
-    """`ftray train`, and what it says."""
+    """`ftray train`, and what it says: its pipes are read as long as it lives, so that it never waits for a reader."""
 
-    def __init__(self, file: Path, overrides: tuple[str, ...], environment: dict[str, str]) -> None:
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ftray.cli.main", "train", str(file), *overrides],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        threading.Thread(target=self._read, daemon=True).start()
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.lines = process, list[str]()
+        pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe]
+        self._readers = [threading.Thread(target=self._read, args=(pipe,), daemon=True) for pipe in pipes]
+        for reader in self._readers:
+            reader.start()
 
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
+    def _read(self, pipe: IO[str]) -> None:
+        for line in pipe:
             self.lines.append(line.rstrip())
 
     @property
@@ -83,7 +84,8 @@ class Driver:
 
     def wait(self, seconds: float = 900) -> int:
         code = self.process.wait(seconds)
-        time.sleep(0.5)  # the last lines
+        for reader in self._readers:
+            reader.join(timeout=5)  # the last lines; another process may still hold the pipe
         return code
 
     def end(self) -> None:

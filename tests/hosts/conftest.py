@@ -23,8 +23,13 @@ TRAIN_SECONDS = 900
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    asked = item.config.getoption("-m") or ""
-    if not ("hosts" in asked and "not hosts" not in asked) and not os.environ.get("FTRAY_LONG"):
+    expression = item.config.getoption("-m") or ""
+
+    def asked(marker: str) -> bool:
+        named = item.get_closest_marker(marker) is not None and marker in expression
+        return named and f"not {marker}" not in expression
+
+    if not (asked("hosts") or asked("faults") or os.environ.get("FTRAY_LONG")):
         pytest.skip("two hosts with a Ray each: -m hosts or FTRAY_LONG=1 runs it")
     if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need Linux, root and iproute2")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,16 @@ def train_in_turn(config: dict[str, Any]) -> None:
         Path(config["summaries"]).write_text(json.dumps(summaries))
 
 
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """The step lines of a run's metrics, as far as they are written."""
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of this kind in a run's metrics, as far as they are written."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     events = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [event for event in events if event["kind"] == "step"]
+    return [event for event in events if event["kind"] == kind]
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return events_of(folder, "step")
 
 
 def tensors(folder: Path) -> dict[str, Any]:
@@ -114,6 +118,21 @@ def processes(*titles: str, below: int | None = None) -> list[psutil.Process]:
 def workers(below: int | None = None) -> list[psutil.Process]:
     """The Ray Train workers among the descendants of a driver."""
     return processes("ray::RayTrainWo", below=below)
+
+
+@contextmanager
+def standing_still() -> Iterator[list[psutil.Process]]:
+    """The workers below this process, stopped until the block ends: however fast its steps are, a run stays where it
+    is. For less than the `SILENT_SECONDS` of `ftray.train.pulse`."""
+    stopped = workers()
+    for process in stopped:
+        process.suspend()
+    try:
+        yield stopped
+    finally:
+        for process in stopped:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 180.0, every: float = 0.02) -> Any:
