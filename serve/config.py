@@ -114,11 +114,12 @@ class Certified(Strict):
 
     def check(self, where: str) -> None:
         """That both can be read and belong together. Raises ConfigError."""
-        if self.ssl_certfile is None:
+        certificate, key = _whole(self.ssl_certfile), _whole(self.ssl_keyfile)
+        if certificate is None:
             return
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(_whole(self.ssl_certfile), _whole(self.ssl_keyfile), password=lambda: "")
+            context.load_cert_chain(certificate, key, password=lambda: "")
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             files = f"{self.ssl_certfile} and {self.ssl_keyfile}"
             raise ConfigError(f"TLS cannot be had with {files}: {error}", where=where) from None

@@ -68,7 +68,8 @@ class Crew:
         import ray
 
         number, resources = share(count)
-        actor: Any = ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS, **resources)(_Actor)
+        each: dict[str, Any] = {"max_restarts": _RESTARTS, "max_task_retries": _RESTARTS, **resources}
+        actor: Any = ray.remote(**each)(_Actor)  # type: ignore[call-overload]
         self._actors = [actor.remote(resources["num_cpus"], key, list(systems), registry) for _ in range(number)]
         self._waiting = {actor.arrived.remote(): actor for actor in self._actors}
         self._here: list[Any] = []

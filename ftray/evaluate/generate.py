@@ -92,6 +92,7 @@ def on_ray(generation: Generation, parts: Sequence[Part], on_event: OnEvent) -> 
         return
     count, resources = share(generation.asking.workers, len(parts))
     count = places(count, resources, on_event)
+    each: dict[str, Any] = dict(resources)
     context = DataContext.get_current()
     before = context.enable_progress_bars, context.wait_for_min_actors_s
     context.enable_progress_bars, context.wait_for_min_actors_s = False, int(WAIT_SECONDS)
@@ -102,7 +103,7 @@ def on_ray(generation: Generation, parts: Sequence[Part], on_event: OnEvent) -> 
             fn_constructor_args=(generation, resources["num_cpus"]),
             batch_size=1,
             compute=ActorPoolStrategy(size=count),
-            **resources,
+            **each,
         )
         for row in answers.iter_rows():
             yield json.loads(row["result"])

@@ -49,7 +49,7 @@ def shared(
     return count, {"num_cpus": max(1, min(cores) // on_one)}
 
 
-def first(references: Sequence[Any], resources: Mapping[str, int], on_event: OnEvent) -> Any:
+def first(references: list[Any], resources: Mapping[str, int], on_event: OnEvent) -> Any:
     """The first of these to be there, each of which waits for a place of its own. Raises RunError when none is in
     time."""
     import ray

@@ -270,7 +270,7 @@ _CLOCKS_SECONDS = 60.0
 
 def _with_folder(line: RunState, folder: RunState | None, job: Job, now: float) -> RunState:
     if folder is None or folder.unread:
-        return replace(line, unread=folder and folder.unread)
+        return replace(line, unread=folder.unread if folder else None)
     later = job.ended is not None and (
         (folder.changed or 0) > job.ended + _CLOCKS_SECONDS
         or (folder.state == "running" and now > job.ended + FRESH_SECONDS)  # a lease outlives a killed job for a while

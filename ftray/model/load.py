@@ -231,7 +231,7 @@ def misfits(config: Any, trust_remote_code: bool = False) -> tuple[str, list[str
     }
     name_of_head = next(name for name, module in model.named_modules() if module is head)
     return name_of_head, [
-        name for name, size in sizes.items() if name != name_of_head and not Linear(name, *size).fits_nf4
+        name for name, size in sizes.items() if name != name_of_head and not Linear(name, size[0], size[1]).fits_nf4
     ]
 
 

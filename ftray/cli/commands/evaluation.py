@@ -82,7 +82,7 @@ def evaluate(
     from ftray.cli.evaluate import evaluate_command, matrix_command
 
     if matrix:
-        given = {"--like": like, "--metrics": metrics, "--examples": examples, "--judge": judge}
+        given: dict[str, object] = {"--like": like, "--metrics": metrics, "--examples": examples, "--judge": judge}
         given |= {"--judge-price": judge_price, "--kept": kept}
         if odd := next((option for option, value in given.items() if value), None):
             raise UsageError(f"{odd} does not go with --matrix, which asks each task as its own run says")
