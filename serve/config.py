@@ -118,7 +118,8 @@ class Certified(Strict):
             return
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(_whole(self.ssl_certfile), _whole(self.ssl_keyfile), password=lambda: "")
+            certificate = os.path.expanduser(self.ssl_certfile)
+            context.load_cert_chain(certificate, os.path.expanduser(self.ssl_keyfile or ""), password=lambda: "")
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             files = f"{self.ssl_certfile} and {self.ssl_keyfile}"
             raise ConfigError(f"TLS cannot be had with {files}: {error}", where=where) from None
