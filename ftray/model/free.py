@@ -15,9 +15,10 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # no such files, or "max": no limit
         limit = int((cgroup / "memory.max").read_text())
-        # page cache counts as used there, and goes when it is needed
-        cached = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines()).get("file", "0")
-        free = min(free, limit - int((cgroup / "memory.current").read_text()) + int(cached))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        # page cache counts as used there, and goes when it is needed; shared memory, as Ray's store is, stays
+        cached = int(stat.get("file", "0")) - int(stat.get("shmem", "0"))
+        free = min(free, limit - int((cgroup / "memory.current").read_text()) + cached)
     return free
 
 

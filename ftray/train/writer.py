@@ -9,13 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
+from ftray.model.free import free_memory
 from ftray.storage import StoreSilent
 from ftray.train import commits
 from ftray.train.commits import Commit, Lazy, State
@@ -127,18 +126,6 @@ def in_memory(state: State) -> State | None:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take: of the machine, and of its container where that has a limit."""
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no such files, or "max": no limit
-        limit = int((cgroup / "memory.max").read_text())
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        # page cache counts as used there, and goes when it is needed; shared memory, as Ray's store is, stays
-        cached = int(stat.get("file", "0")) - int(stat.get("shmem", "0"))
-        free = min(free, limit - int((cgroup / "memory.current").read_text()) + cached)
-    return free
 
 
 def _stand_back() -> None:

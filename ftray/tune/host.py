@@ -16,6 +16,7 @@ from typing import Any
 
 from ftray.config import Run
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
+from ftray.model.free import free_on
 from ftray.model.room import Need, Room, need_of, room
 from ftray.tune.desk import NotHere
 
@@ -275,7 +276,8 @@ class Host:
 
         device = _device()
         limit = run.workers.gpu_memory_gib
-        memory = int(limit * 2**30) if limit else _memory(device)
+        memory = int(limit * 2**30) if limit else free_on(device)
+        assert memory is not None
         self._shapes = find_shapes(run.model)[0]
         found = room(run, self._shapes, memory, PASS_TOKENS[device.type])
         self._base = Base(run, World(device=device), found.tokens)
@@ -351,14 +353,3 @@ def _device() -> Any:
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _memory(device: Any) -> int:
-    """Bytes that a base and its lanes may have: of the GPU, or what this machine, or its container, has free now."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    from ftray.train.writer import free_memory
-
-    return free_memory()

@@ -293,8 +293,9 @@ def test_keys_are_rotated_without_a_restart(closed_endpoint: Running, tenants_fi
 
 
 def test_limits_of_one_tenant_are_not_anothers(closed_endpoint: Running) -> None:
-    poor = {"authorization": f"Bearer {KEYS['poor']}"}
-    answers = [post(closed_endpoint, {**CHAT, "model": "none"}, **poor) for _ in range(70)]
+    with httpx.Client(headers={"authorization": f"Bearer {KEYS['poor']}"}) as poor:
+        url, unknown = f"{closed_endpoint.url}/v1/chat/completions", {**CHAT, "model": "none"}
+        answers = [poor.post(url, json=unknown) for _ in range(70)]
     refused = [a for a in answers if a.status_code == 429]
     assert {a.status_code for a in answers} == {404, 429}
     assert 5 <= len(refused) <= 12

@@ -19,7 +19,6 @@ from ftray.engine.engine import Engine, load_base
 from ftray.engine.memory import Need, memory_plan
 from ftray.engine.options import EngineOptions
 from ftray.errors import ModelError
-from ftray.model.free import free_memory
 from ftray.model.source import find_shapes
 from serve.config import parse_serve
 
@@ -147,13 +146,3 @@ assert not {{"torch", "ray", "transformers"}} & sys.modules.keys()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "keys and values" in done.stdout
-
-
-def test_free_memory_knows_the_containers_limit(tmp_path: Path) -> None:
-    machine = free_memory(tmp_path)
-    assert machine > 0
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(tmp_path) > 1 << 20
-    for name, text in (("max", "3000000\n"), ("current", "2500000\n"), ("stat", "anon 5\nfile 1000000\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert free_memory(tmp_path) == 1_500_000

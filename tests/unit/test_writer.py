@@ -1,21 +1,17 @@
-"""Commits beside the loop: what is left of one that fails, how its error is told, what memory a copy may take."""
+"""Commits beside the loop: what is left of one that fails, how its error is told."""
 
 from __future__ import annotations
 
 import errno
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 
 from ftray.errors import RunError
 from ftray.storage import reached
-from ftray.train import writer
 from ftray.train.commits import Commit, Progress, State, steps_of
-from ftray.train.writer import Writer, free_memory
-
-GIB = 1 << 30
+from ftray.train.writer import Writer
 
 
 def a_commit(step: int = 3) -> Commit:
@@ -78,19 +74,3 @@ def test_a_note_outlives_the_translation_of_a_disks_error(tmp_path):
     with pytest.raises(RunError, match="no space is left") as raised, reached(tmp_path):
         raise error
     assert "step 3 was not written either" in str(raised.value)
-
-
-@pytest.fixture
-def cgroup(tmp_path) -> Path:
-    """A container's limit: 8 GiB, of which 6 are taken, 5 of them by files, of which 4 are in shared memory."""
-    (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{6 * GIB}\n")
-    (tmp_path / "memory.stat").write_text(f"anon {GIB}\nfile {5 * GIB}\nshmem {4 * GIB}\n")
-    return tmp_path
-
-
-def test_rays_object_store_is_no_page_cache(cgroup, monkeypatch):
-    monkeypatch.setattr(writer.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 64 * GIB}))
-    assert free_memory(cgroup) == 3 * GIB
-    (cgroup / "memory.max").write_text("max\n")
-    assert free_memory(cgroup) == 64 * GIB
