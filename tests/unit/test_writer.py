@@ -10,6 +10,7 @@ import torch
 
 from ftray.errors import RunError
 from ftray.storage import reached
+from ftray.train import writer
 from ftray.train.commits import Commit, Progress, State, steps_of
 from ftray.train.writer import Writer
 
