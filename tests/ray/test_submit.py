@@ -198,8 +198,10 @@ def test_what_goes_wrong_on_the_cluster_has_its_own_exit_code(head: Head, tmp_pa
     )
     assert code == EXIT_USER, text
     assert "/not/on/the/cluster.jsonl: taken as a path of the cluster" in text
-    code, text = done(ftray(head, tmp_path, *SUBMIT, "train", "bad.yaml", "workers.count=64"))
+    many = ["workers.count=64", "train.batch_rows=64", "train.micro_batch_rows=1", "workers.wait_seconds=5"]
+    code, text = done(ftray(head, tmp_path, *SUBMIT, "train", "bad.yaml", *many))
     assert code == EXIT_RUN, text
+    assert "64 workers" in text
     code, text = done(ftray(head, tmp_path, "submit", "--upload-data", "--", "train", "bad.yaml", PATH="/usr/bin:/bin"))
     assert code in (EXIT_OK, 127), text  # 127 where the head's own image has no ftray
 
