@@ -142,9 +142,12 @@ class Slots:
 
 
 def shape_of(config: Any) -> tuple[int, int, int]:
-    """(layers, key heads, D) of a base's text config."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """(layers, key heads, D) of a base's text config. Raises ModelError for one without attention."""
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        raise no_interface("this base")
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
     return config.num_hidden_layers, heads, width
 
 

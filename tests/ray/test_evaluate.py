@@ -63,7 +63,7 @@ def test_workers_that_get_no_place_are_not_waited_for(tmp_path: Path, monkeypatc
         assert f"1 of {cpus} workers are there; the others join as they get a place" in [e.get("text") for e in told]
         monkeypatch.setattr(places, "_TOLD_AFTER", 0.5)
         monkeypatch.setattr(places, "WAIT_SECONDS", 2.0)
-        with held(cpus), pytest.raises(RunError, match=r"for 2 s no node had 1 CPU free for a worker. Nodes: .* 4 CPU"):
+        with held(cpus), pytest.raises(RunError, match=r"for 2 s no node had 1 CPU free for a worker. Nodes: .*4 CPU"):
             evaluate(systems, task, told.append, workers=partial(Crew, count=cpus, on_event=told.append))
     assert "waiting for a worker's place, 1 CPU, for at most 2 s" in [event.get("text") for event in told]
     with pytest.raises(ConfigError, match=f"{cpus + 1} workers × 1 CPU take {cpus + 1}, and the cluster has {cpus}"):

@@ -138,7 +138,7 @@ def room_for_two(tmp_path, monkeypatch) -> Run:
     shapes = find_shapes(run.model)[0]
     need, fixed = need_of(run, shapes), room(run, shapes, 1 << 30, 1).fixed
     memory = int((fixed + need.tokens * need.token + 2.5 * need.own) / USED)
-    monkeypatch.setattr("ftray.tune.host._memory", lambda device: memory)
+    monkeypatch.setattr("ftray.tune.host.free_on", lambda device: memory)
     return run
 
 

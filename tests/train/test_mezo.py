@@ -286,6 +286,6 @@ def test_two_workers_stay_equal_bit_for_bit_and_exchange_numbers_alone(tmp_path)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     told = json.loads((tmp_path / "0.json").read_text())
-    assert told["sent"] <= 2
+    assert told["sent"] <= 3, "the loss, and the wishes to stop and to commit"
     alone, _ = trained(toy_run(tmp_path / "alone", *TWO, method="{name: full}"), random_rows(64))
     assert told["losses"] == pytest.approx(alone.losses, rel=1e-3)

@@ -92,7 +92,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(tmp_path, monkeypatch, str
         return loss + float("inf") if len(calls) == 8 else loss  # a constant: gradients stay finite
 
     monkeypatch.setattr(loop.TargetLoss, "forward", forward)
-    overrides = ("train.commit_every=1", "train.keep_last=9", "train.keep_best=false", "train.evaluate_rows=1")
+    overrides = ("train.commit_every=1", "train.keep_last=9", "train.keep_best=false")
     _, summary = trained(tmp_path, strategy, *overrides)
     assert summary["skipped_steps"] == 1
     states = [state(tmp_path, step) for step in range(1, 7)]
@@ -111,7 +111,7 @@ def test_a_folder_without_all_weights_is_refused_when_created_divided(tmp_path):
 
 def test_fresh_weights_are_drawn_as_without_zero(tmp_path):
     """Not the same numbers, but the same spread in every parameter."""
-    overrides = ("model.random_weights=true", "train.steps=1", "train.learning_rate=1e-9")
+    overrides = ("model.random_weights=true", "train.steps=1", "train.schedule.warmup=0", "train.learning_rate=1e-9")
     for name, strategy in (("plain", None), ("zero", "zero: 3")):
         trained(tmp_path / name, strategy, *overrides)
     plain, divided = (load_file(tmp_path / name / "artefact/model.safetensors") for name in ("plain", "zero"))
