@@ -56,7 +56,8 @@ def test_the_page_ends_in_a_trained_published_and_served_adapter(typed: Callable
     base, adapter = (json.loads(text) for line, text in printed if " curl " in line)
     assert (base["model"], adapter["model"]) == ("base", "cheese")
     untaught, taught = (answer["choices"][0]["message"]["content"] for answer in (base, adapter))
-    assert "friend" in taught, "in each of the rows that it was trained on"
+    assert "Halloumi" in taught
+    assert any(word in taught for word in ("bless", "friend", "master")), "the voice of the rows that it was trained on"
     assert taught != untaught
     (shown,) = (text for line, text in printed if line.endswith(" status"))
     assert shown.count("alive") == 2
