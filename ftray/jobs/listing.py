@@ -18,11 +18,10 @@ NAME, FOLDERS, COMMAND = "job_name", "ftray.runs", "ftray.command"
 """Keys of a job's metadata: its name, [[run's name, folder], …] as JSON, and the command as the user gave it."""
 
 FRESH_SECONDS = 120.0
-"""A search without a job that wrote something later than this ago is taken to be running."""
-LEASE = "running.json"
-"""In the folder of a run that is at work, as `ftray.train.lease` names it, which stands on a higher floor."""
+"""A lease may outlive a killed job for so long."""
 Held = Callable[[str], bool]
-"""Whether the lease in a run's folder is that of a living process."""
+"""Whether a lease in a run's or search's folder is that of a living process; see `ftray.train.lease`, which stands on
+a higher floor."""
 _TAIL_BYTES = 256 << 10
 STATES = ("waiting", "running", "finished", "stopped", "failed", "interrupted")
 
@@ -70,13 +69,12 @@ def folders_in(place: str) -> list[str]:
     return [f for f in below if any(fs.exists(f"{filesystem(f)[1]}/{file}") for file in ("run.yaml", "search.yaml"))]
 
 
-def look(folder: str, held: Held, now: float | None = None) -> RunState | None:
+def look(folder: str, held: Held) -> RunState | None:
     """What a run's or search's folder says; None where it holds neither. Whether a run is at work its lease tells: on
     an object store its metrics move only with its commits."""
-    now = time.time() if now is None else now
     fs, root = filesystem(folder)
     if fs.exists(f"{root}/search.yaml"):
-        return _search(folder, held, now)
+        return _search(folder, held(folder))
     if not fs.exists(f"{root}/run.yaml"):
         return None
     run = _yaml(join(folder, "run.yaml"))
@@ -128,8 +126,8 @@ def from_events(
     )
 
 
-def _search(folder: str, held: Held, now: float) -> RunState:
-    """Trials stand for steps. It is at work while one of them is, and where it wrote something a moment ago."""
+def _search(folder: str, held: bool) -> RunState:
+    """Trials stand for steps."""
     spec = _yaml(join(folder, "search.yaml"))
     fs, root = filesystem(folder)
     trials = list(fs.glob(f"{root}/trials/*/summary.json"))
@@ -141,9 +139,7 @@ def _search(folder: str, held: Held, now: float) -> RunState:
     if done:
         best = json.loads(read_text(join(folder, "outcome.json"))).get("best") or {}
         held_out = (best.get("values") or {}).get("loss")
-    state = "finished" if done else "interrupted"
-    if not done and (now - changed < FRESH_SECONDS or any(map(held, [folder, *_at_work(fs, root, folder)]))):
-        state = "running"
+    state = "finished" if done else "running" if held else "interrupted"
     name = str(spec.get("name") or _last_part(folder))
     return RunState(
         name,
@@ -155,11 +151,6 @@ def _search(folder: str, held: Held, now: float) -> RunState:
         folder=folder,
         changed=changed or None,
     )
-
-
-def _at_work(fs: Any, root: str, folder: str) -> list[str]:
-    """Folders of a search's trials that have a lease: few, since a trial that ends takes its own away."""
-    return [join(folder, "trials", path.rsplit("/", 2)[-2]) for path in fs.glob(f"{root}/trials/*/{LEASE}")]
 
 
 def _yaml(uri: str) -> dict[str, Any]:
