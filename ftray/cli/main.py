@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -12,10 +13,13 @@ import typer
 from ftray.cli.app import UsageError, app
 from ftray.cli.commands import artefacts, cluster, evaluation, runs  # noqa: F401 - each adds its commands to `app`
 from ftray.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, FtrayError, RunStopped
+from ftray.session import THREADS
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `ftray` script: runs a command and leaves with its exit code."""
+    for name, value in THREADS.items():  # for what this process computes itself
+        os.environ.setdefault(name, value)
     sys.exit(call(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -14,7 +14,8 @@ from ftray.model.served import Base
 NEAR = {torch.float32: 1e-3}
 ROUGHLY = 0.2
 """How far logits may be from those of the model's own attention, relative to how far they spread: types of 16 bits
-round differently in another order, by some 0.02; what is wrong is off by 0.3 and more."""
+round differently in another order, by some 0.02, and NF4's products round to such whatever the type; what is wrong is
+off by 0.3 and more."""
 
 
 @torch.inference_mode()
@@ -46,7 +47,8 @@ def try_slots(base: Base) -> None:
         model.set_attn_implementation(IMPLEMENTATION)
     spread = float((theirs - theirs.mean(-1, keepdim=True)).norm())
     far = float((ours - theirs).norm())
-    if not far <= NEAR.get(model.dtype, ROUGHLY) * spread + 1e-6:
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if not far <= (ROUGHLY if quantized else NEAR.get(model.dtype, ROUGHLY)) * spread + 1e-6:
         raise _unfit(base, f"logits are {far / spread:.2g} of their spread away from those of its own attention")
 
 

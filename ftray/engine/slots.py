@@ -14,7 +14,8 @@ tokens, R rows of their product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ftray.engine.memory import PAGE
 from ftray.errors import ModelError
+from ftray.model.attention import Packed, packed_attention
 
 IMPLEMENTATION = "ftray_slots"
 SPARSE = 3
@@ -60,8 +62,16 @@ class Step:
     """int64 [R]: places that each row's sequence takes, its new token included; 1 for rows without one."""
     pages: int
     """That the longest of them takes."""
-    pieces: tuple[tuple[Piece, int], ...]
-    """Pieces of prompts, and the first token of each."""
+    pieces: tuple[Piece | Beginnings, ...]
+    """The other tokens, in order."""
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """Pieces side by side that begin their sequences: they see nothing but themselves, as rows in training do."""
+
+    count: int
+    packed: Packed
 
 
 class Slots:
@@ -95,9 +105,7 @@ class Slots:
         lengths = [1] * (n if sparse else self.count)
         for row, place in zip(rows, places, strict=True):
             lengths[row] = place + 1
-        starts = []
         for piece in prompts:
-            starts.append((piece, len(slots)))
             slots += [piece.slot] * piece.count
             places += range(piece.place, piece.place + piece.count)
         positions = self._tensor(places)
@@ -111,8 +119,16 @@ class Slots:
             None if rows == list(range(len(lengths))) else self._tensor(rows),
             self._tensor(lengths),
             -(-max(lengths, default=1) // PAGE),
-            tuple(starts),
+            tuple(self._pieces(prompts)),
         )
+
+    def _pieces(self, prompts: Sequence[Piece]) -> Iterator[Piece | Beginnings]:
+        for begins, pieces in itertools.groupby(prompts, lambda piece: piece.place == 0):
+            if begins:
+                lengths = [piece.count for piece in pieces]
+                yield Beginnings(sum(lengths), Packed.of(torch.tensor(lengths)).to(self.device))
+            else:
+                yield from pieces
 
     def copy(self, source: int, target: int, places: int) -> None:
         """The first `places` places of a slot to another."""
@@ -173,8 +189,17 @@ def slot_attention(
     out = []
     if step.decoding:
         out.append(_decode(step, tokens[: step.decoding], keys, values, scale, sliding_window))
-    for piece, start in step.pieces:
-        out.append(_read(piece, tokens[start : start + piece.count], keys, values, scale, sliding_window))
+    start = step.decoding
+    for piece in step.pieces:
+        end = start + piece.count
+        if isinstance(piece, Beginnings):
+            q, k, v = (x[:, :, start:end] for x in (query, key, value))
+            packed = piece.packed
+            found, _ = packed_attention(module, q, k, v, None, scale, packed=packed, sliding_window=sliding_window)
+            out.append(found[0])
+        else:
+            out.append(_read(piece, tokens[start:end], keys, values, scale, sliding_window))
+        start = end
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 

@@ -66,10 +66,11 @@ def _virtual(adapters: Mapping[str, Adapter], row: LossRow) -> int:
 
 
 def _passes(base: Base, adapters: Mapping[str, Adapter], rows: Sequence[LossRow]) -> Iterator[list[int]]:
-    """Rows that go through together: of like length, those of one adapter side by side."""
+    """Rows that go through together: of one adapter, as far as they fill a pass, and of like length. Each further
+    adapter of a pass costs every layer two products of its own."""
     most = PASS_TOKENS[base.model.device.type]
     lengths = [len(row.tokens) + _virtual(adapters, row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    order = sorted(range(len(rows)), key=lambda i: (base.pooled.order(rows[i].adapter), -lengths[i]))
     few: list[int] = []
     tokens = 0
     for i in order:

@@ -183,32 +183,31 @@ class _Group:
 
     def scores(self, on_event: OnEvent) -> np.ndarray:
         """[systems, columns]"""
-        questions = [questions_of(column.rows, column.limit) if column.metric else [] for column in self.columns]
+        asked = [questions_of(column.rows, column.limit) if column.metric else [] for column in self.columns]
         prompts: list[Prompt] = []
-        longest = most = 0
-        for column, asked in zip(self.columns, questions, strict=True):
-            for template, prompter in self.prompters.items():
-                tokens = [prompter.tokens(question.asked) for question in asked]
-                for system in (s for s in self.systems if s.chat_template == template):
-                    longest = max([longest, *(len(each) + self.virtual[system.key] for each in tokens)])
-                    prompts += [Prompt(system.key, t, n, decoding=column.decoding) for n, t in enumerate(tokens)]
-            most = max(most, column.decoding.max_tokens if column.metric else 0)
+        longest = 0
+        tokens = {
+            template: [[prompter.tokens(question.asked) for question in questions] for questions in asked]
+            for template, prompter in self.prompters.items()
+        }
+        for system in self.systems:  # one after the other: a batch then holds few adapters, each for many tokens
+            for column, own in zip(self.columns, tokens[system.chat_template], strict=True):
+                longest = max([longest, *(len(each) + self.virtual[system.key] for each in own)])
+                prompts += [Prompt(system.key, t, n, decoding=column.decoding) for n, t in enumerate(own)]
+        most = max((column.decoding.max_tokens for column in self.columns if column.metric), default=0)
 
         def told(count: int) -> None:
             on_event({"kind": "progress", "what": "answers", "done": count, "total": len(prompts), "unit": "answers"})
 
         decoding = _longest_of(self.columns[0].decoding, most)
         answers = iter(self.worker.answers(prompts, decoding, longest, told))
+        said = [[[next(answers).text.strip() for _ in questions] for questions in asked] for _ in self.systems]
         found = np.full((len(self.systems), len(self.columns)), np.nan)
-        for j, (column, asked) in enumerate(zip(self.columns, questions, strict=True)):
+        for j, (column, questions) in enumerate(zip(self.columns, asked, strict=True)):
             if not column.metric:
                 continue
-            with opened([column.metric], [question.references for question in asked]) as [metric]:
-                for template in self.prompters:
-                    for i, system in enumerate(self.systems):
-                        if system.chat_template == template:
-                            texts = [next(answers).text.strip() for _ in asked]
-                            found[i, j] = metric.measure(texts).score
+            with opened([column.metric], [question.references for question in questions]) as [metric]:
+                found[:, j] = [metric.measure(texts[j]).score for texts in said]
         return found
 
 

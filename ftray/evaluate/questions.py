@@ -59,7 +59,7 @@ def questions_of(rows: Iterable[Asked], limit: int | None = None) -> list[Questi
     first: dict[tuple[Any, ...], Asked] = {}
     for row in rows:
         first.setdefault(row.key, row)
-        answers[row.key].append(row.answer)
+        answers[row.key].append(row.answer.strip())  # as answers are, before they are scored
     found = [Question(asked, tuple(answers[key])) for key, asked in first.items()]
     return found[:limit]
 

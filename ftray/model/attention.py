@@ -56,6 +56,9 @@ class Packed:
         to_packed[to_padded] = torch.arange(len(to_padded))
         return cls(to_padded, to_packed[:total].clone(), groups)
 
+    def to(self, device: torch.device | str) -> Packed:
+        return Packed(self.to_padded.to(device), self.to_packed.to(device), self.groups)
+
 
 def _groups(descending: list[int]) -> tuple[tuple[int, int], ...]:
     """(count, longest) of runs of like length."""

@@ -49,9 +49,7 @@ class Batch:
             for f in fields(self)
             if isinstance(v := getattr(self, f.name), Tensor)
         }
-        packed = self.packed
-        if packed:
-            packed = replace(packed, to_padded=packed.to_padded.to(device), to_packed=packed.to_packed.to(device))
+        packed = self.packed and self.packed.to(device)
         return replace(self, **moved, packed=packed, bare=self.bare and self.bare.to(device))
 
 
@@ -144,7 +142,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
         predictors=torch.cat([b.predictors + int(start) for b, start in zip(batches, starts, strict=False)]),
         labels=torch.cat([batch.labels for batch in batches]),
         lengths=lengths,
-        packed=replace(packed, to_padded=packed.to_padded.to(device), to_packed=packed.to_packed.to(device)),
+        packed=packed.to(device),
         virtual=None,
         prefixed=False,
         bare=None,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ftray.config import Run
 from ftray.data.prepared import PreparedData
 from ftray.model import threads
+from ftray.model.ending import unlearned_end
 from ftray.model.load import evaluating, load_base
 from ftray.model.methods import attach, trained_state
 from ftray.model.pooled import PooledModel, Route
@@ -122,6 +123,7 @@ class Base:
                 trained=trained,
                 parameters=parameters,
                 unquantized=self.unquantized,
+                unlearned_end=lambda end: self.do(partial(unlearned_end, self.model, end)),
                 lend=lend,
                 base_losses=self.base_losses,
                 base_lock=self.base_lock,

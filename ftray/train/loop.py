@@ -30,6 +30,7 @@ from ftray.data.order import Order, assign
 from ftray.data.prepared import PreparedData, Rows
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import ArtefactError, RunError
+from ftray.model.ending import unlearned_end
 from ftray.model.load import elements, load_base
 from ftray.model.methods import attach
 from ftray.storage import reached
@@ -71,6 +72,8 @@ class Equipment:
     parameters: int
     unquantized: list[str]
     """Linear layers that NF4 could not hold."""
+    unlearned_end: Callable[[int], int]
+    """Of an end token: see `ftray.model.ending`."""
     lend: Callable[[], AbstractContextManager[Any]]
     """The model with the method attached, to write the artefact with."""
     base_losses: dict[Any, _HeldOut] = field(default_factory=dict)
@@ -121,6 +124,7 @@ def _alone(run: Run, world: World, steps: int) -> Equipment:
         trained=trained_count(model),
         parameters=parameter_count(model),
         unquantized=unquantized,
+        unlearned_end=partial(unlearned_end, base),
         lend=lambda: contextlib.nullcontext(model),
     )
 
@@ -133,7 +137,7 @@ class _Worker:
         self.log: MetricsLog | None = None
         self.writer = Writer(run.folder, self.warn)
         self._unlogged: list[dict[str, Any]] = []
-        self.pad_id = load_tokenizer(run.model, run.data.chat_template).pad_token_id
+        self.tokenizer = load_tokenizer(run.model, run.data.chat_template)
         self.identity = identity(run, self.data.digest)
         # read before the model loads: a folder of another run is refused at once
         self.found = commits.latest(run.folder, self.warn)
@@ -151,7 +155,7 @@ class _Worker:
             world,
             batch_rows=run.train.batch_rows,
             micro_batch_rows=run.train.micro_batch_rows,
-            pad_id=self.pad_id,
+            pad_id=self.tokenizer.pad_token_id,
             packed=run.data.packing != "off",
             per_row=self.objective.per_row,
             virtual_tokens=run.method.virtual_tokens,
@@ -195,6 +199,12 @@ class _Worker:
         if self.resumed_from is not None:
             self.emit(kind="resume", step=self.resumed_from)
             self._forget_lost_best()
+        elif alike := self.equipment.unlearned_end(self.tokenizer.eos_token_id):
+            self.warn(
+                f"answers may not end: the base never learned {self.tokenizer.eos_token!r}, whose row in the frozen"
+                f" output head is that of {alike:,} other tokens; full tuning trains it, or end completions in text"
+                " that the base knows, and name it as a stop"
+            )
 
     def _forget_lost_best(self) -> None:
         """A best commit that is gone (set aside, or not kept by the part before) would be none to make the artefact of:

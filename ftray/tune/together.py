@@ -13,7 +13,15 @@ from ftray.config import Run
 from ftray.data.prepare import prepare
 from ftray.errors import ConfigError, FtrayError, RunError, RunStopped
 from ftray.session import cause_of, usable_cpus
-from ftray.train.launch import check_cluster, gpus_of_a_worker, lead, preflight, tracked, write_summary
+from ftray.train.launch import (
+    check_cluster,
+    gpus_of_a_worker,
+    lead,
+    preflight,
+    tracked,
+    worker_resources,
+    write_summary,
+)
 from ftray.train.sharing import difference, refusal
 
 _POLL_SECONDS = 0.2
@@ -62,6 +70,7 @@ def train_together(runs: Sequence[Run], *, on_event: OnEvent, stop: threading.Ev
 def _train_together(runs: Sequence[Run], on_event: OnEvent, stop: threading.Event) -> dict[str, Outcome]:
     began = time.perf_counter()
     for run in runs:
+        worker_resources(run)  # a host that asks for what is not there would wait for ever
         check_cluster(run, _named(on_event, run.name))
         prepare(run, _named(on_event, run.name))
         if stop.is_set():

@@ -1,17 +1,19 @@
 """Trials as lanes of one base, against the same trials one after another: time, steps alone, memory.
 
-    python tests/bench/lanes.py [--trials 8] [--steps 100] [--rounds 1] [--bases embedded,28m] [--batches 4,16,64]
+    python tests/bench/lanes.py [--trials 8] [--steps 100] [--rounds 1] [--bases embedded,28m] [--batches 2,8,32]
 
-Each trial is a LoRA run on E2E rows (FTRAY_DATA) with a rank, rate and seed of its own. `wall`: `ftray train A … H` in
-one process against eight of `ftray train A`, start-up and the base's loading included, one pair after the other in
-each round. `steps`: seconds between the first and the last step alone, of both. `memory`: weights, gradients and
-optimizer of all lanes with their base, over that of one trial with its base. Then the steps alone for larger batches,
-which show where lanes no longer pay. Printed are ratios: these machines are shared.
+Each trial is a LoRA run on short E2E rows (FTRAY_DATA; two of them are some 130 tokens) with a rank, rate and seed of
+its own. `wall`: `ftray train A … H` in one process against eight of `ftray train A`, start-up and the base's loading
+included, one pair after the other in each round. `steps`: seconds between the first and the last step alone, of both.
+`memory`: weights, gradients and optimizer of all lanes with their base, over that of one trial with its base. Then the
+steps alone for larger batches, which show where lanes no longer pay. Printed are ratios: these machines are shared.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import json
 import os
 import statistics
@@ -57,6 +59,32 @@ def the_28m(folder: Path) -> Path:
     return folder
 
 
+SHORT = 76
+"""Tokens of a row, at most. The quarter of E2E's rows that these are has 65 on average."""
+
+
+def short_rows(folder: Path) -> Path:
+    """The first 2,000 such rows, as CSV."""
+    from ftray.config import Model
+    from ftray.data.tokenizer import load_tokenizer
+
+    path = folder / "short.csv"
+    if not path.exists():
+        tokenizer = load_tokenizer(Model(path="embedded"))
+        with (DATA / "trainset.csv").open(newline="", encoding="utf-8") as file:
+            rows = (
+                row
+                for row in csv.DictReader(file)
+                if len(tokenizer(f"{row['mr']}\n{row['ref']}")["input_ids"]) <= SHORT
+            )
+            chosen = list(itertools.islice(rows, 2000))
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["mr", "ref"])
+            writer.writeheader()
+            writer.writerows(chosen)
+    return path
+
+
 def run_file(folder: Path, name: str, base: str, number: int, rows: int, steps: int) -> Path:
     """One trial: rank 1, 2 or 4 on queries and values (Hu et al. 2021, section 7.2), a rate and seed of its own."""
     run: dict[str, Any] = {
@@ -71,9 +99,8 @@ def run_file(folder: Path, name: str, base: str, number: int, rows: int, steps: 
         "data": {
             "sources": [
                 {
-                    "path": str(DATA / "trainset.csv"),
+                    "path": str(short_rows(folder)),
                     "format": {"name": "prompt_completion", "prompt": "{mr}\n", "completion": "{ref}"},
-                    "limit": 2000,
                 }
             ],
             "max_length": 192,
@@ -184,10 +211,10 @@ class Clock:
 def separately(base: str, trials: int, steps: int, rows: int, lanes: bool) -> dict[str, float]:
     """`in_process`, in a process of its own."""
     arguments = ["--part", json.dumps([base, trials, steps, rows, lanes])]
-    from ftray.session import ALLOCATOR  # what workers have
+    from ftray.session import ALLOCATOR, THREADS  # what workers have
 
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, env=os.environ | ALLOCATOR
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, env=os.environ | ALLOCATOR | THREADS
     )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])

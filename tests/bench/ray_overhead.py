@@ -27,7 +27,7 @@ from ftray.config import Run, Workers
 from ftray.data.prepare import prepare
 from ftray.data.prepared import PreparedData
 from ftray.manifest import digest_of
-from ftray.session import ALLOCATOR, ray_session
+from ftray.session import ALLOCATOR, THREADS, ray_session
 from ftray.train.launch import train
 from ftray.train.loop import train_worker
 from ftray.train.world import World
@@ -75,8 +75,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of a run, with those that do not count")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on both sides")
     arguments = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):  # as ftray's workers have it
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    settings = ALLOCATOR | THREADS
+    if any(os.environ.get(name) != value for name, value in settings.items()):  # as ftray's workers have it
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
     disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     data = Path(os.environ["FTRAY_DATA"]).resolve()

@@ -20,7 +20,7 @@ from ftray.train.launch import train
 from tests.ray.runs import kill_a_worker_at, steps_of, tensors, wait_for, workers, write_run
 
 pytestmark = pytest.mark.faults
-STEPS = 160
+STEPS = 100
 """Enough that a kill falls before the end."""
 SEED = int(os.environ.get("FTRAY_TEST_SEED", random.SystemRandom().randrange(1000)))
 """Where the kills fall; printed, so that a failure can be had again."""
@@ -50,7 +50,7 @@ def assert_as_unbroken(run: Path, unbroken: Path) -> None:
 def test_a_worker_is_killed_and_killed_again(folder, unbroken):
     """Two kills in a row: at a random step, and right after the resumed group's first step."""
     run = load_run(write_run(folder, "worker-killed", train__steps=STEPS))
-    first = random.Random(SEED).randrange(20, 60)
+    first = random.Random(SEED).randrange(10, 40)
     killers = [kill_a_worker_at(folder / run.name, first)]
 
     def on_event(event):
@@ -84,7 +84,7 @@ def test_the_driver_is_killed(folder, unbroken):
     wait_for(lambda: steps_of(folder / "driver-killed"))
     ended = workers(driver.pid)
     assert ended
-    at = random.Random(SEED + 1).randrange(20, 60)
+    at = random.Random(SEED + 1).randrange(10, 40)
     wait_for(lambda: len(steps_of(folder / "driver-killed")) >= at)
     driver.kill()
     driver.wait()

@@ -14,7 +14,7 @@ from ftray.cli.main import call
 from ftray.config import Run, load_run
 from ftray.data.prepare import prepare
 from ftray.data.prepared import PreparedData
-from ftray.errors import DataError
+from ftray.errors import ConfigError, DataError
 from ftray.train.loop import train_worker
 from ftray.train.world import World
 from ftray.tune.together import train_together
@@ -27,7 +27,7 @@ USERS = {
     "ben": {"method": {"name": "dora", "rank": 4}, "seed": 2, "train__batch_rows": 4, "train__steps": 24},
     "eve": {"method__rank": 2, "train__learning_rate": 5e-3, "train__batch_rows": 6, "train__steps": 36},
 }
-ONE = {"workers": {"count": 1, "gpus": 0}}
+ONE = {"workers": {"count": 1, "cpus": 1, "gpus": 0}}
 
 
 def runs_in(folder: Path, prefix: str = "") -> list[Run]:
@@ -131,6 +131,13 @@ def test_what_cannot_share_a_base_is_refused_before_ray_starts(folder, capsys):
     assert "cannot share a base" in capsys.readouterr().err
     assert call(["train", files[0], files[0]]) == 2
     assert "two runs have the name" in capsys.readouterr().err
+
+
+def test_gpus_that_are_not_there_are_refused(folder):
+    first, second, _ = runs_in(folder, "greedy-")
+    second = load_run(folder / "greedy-ben.yaml", ["workers.gpus=64"])
+    with pytest.raises(ConfigError, match=r"1 worker × 64 GPU = 64, the cluster has"):
+        train_together([first, second], on_event=lambda *_: None, stop=threading.Event())
 
 
 def test_rows_that_cannot_be_read_stop_before_anything_is_trained(folder):

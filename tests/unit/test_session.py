@@ -28,6 +28,11 @@ def test_no_secret_reaches_rays_logs():
     assert {"HF_HOME", "FTRAY_DATA", "NCCL_SOCKET_IFNAME"} <= passed.keys()
 
 
+def test_how_threads_wait_is_the_users_to_say() -> None:
+    assert worker_environment({}, verbose=False)["GOMP_SPINCOUNT"] == "1000"
+    assert worker_environment({"GOMP_SPINCOUNT": "7"}, verbose=False)["GOMP_SPINCOUNT"] == "7"
+
+
 @pytest.mark.parametrize(
     ("limits", "cpus"),
     [
