@@ -199,12 +199,18 @@ class _Worker:
         if self.resumed_from is not None:
             self.emit(kind="resume", step=self.resumed_from)
             self._forget_lost_best()
-        elif alike := self.equipment.unlearned_end(self.tokenizer.eos_token_id):
+        elif alike := self._unlearned_end():
             self.warn(
                 f"answers may not end: the base never learned {self.tokenizer.eos_token!r}, whose row in the frozen"
                 f" output head is that of {alike:,} other tokens; full tuning trains it, or end completions in text"
-                " that the base knows, and name it as a stop"
+                " that the base knows, and name it in evaluate.decoding.stop and in requests"
             )
+
+    def _unlearned_end(self) -> int:
+        """0 where the run file names another end."""
+        evaluate = self.run.evaluate
+        named = evaluate is not None and bool(evaluate.decoding.stop)
+        return 0 if named else self.equipment.unlearned_end(self.tokenizer.eos_token_id)
 
     def _forget_lost_best(self) -> None:
         """A best commit that is gone (set aside, or not kept by the part before) would be none to make the artefact of:

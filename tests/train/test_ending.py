@@ -73,6 +73,13 @@ def test_a_run_says_once_that_its_answers_may_not_end(tmp_path, forgetful, metho
     assert warnings(again) == []
 
 
+def test_a_run_that_names_another_end_is_not_told(tmp_path, forgetful):
+    channel = Recorder()
+    run = toy_run(tmp_path, "train.steps=1", 'evaluate.decoding.stop=["\\n"]')
+    train_worker(run, MemoryData(random_rows(16)), World(), channel)
+    assert warnings(channel) == []
+
+
 def test_a_lane_says_so_too(tmp_path, forgetful):
     run, channel = toy_run(tmp_path, "train.steps=1"), Recorder()
     base = Base(run, World())
