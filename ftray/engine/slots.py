@@ -43,6 +43,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Beginnings:
+    """Pieces side by side that begin their sequences: they see nothing but themselves, as rows in training do."""
+
+    count: int
+    packed: Packed
+
+
+@dataclass(frozen=True)
 class Step:
     """Where the tokens of a step belong. Tensors are on the slots' device."""
 
@@ -64,14 +72,6 @@ class Step:
     """That the longest of them takes."""
     pieces: tuple[Piece | Beginnings, ...]
     """The other tokens, in order."""
-
-
-@dataclass(frozen=True)
-class Beginnings:
-    """Pieces side by side that begin their sequences: they see nothing but themselves, as rows in training do."""
-
-    count: int
-    packed: Packed
 
 
 class Slots:

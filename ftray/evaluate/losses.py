@@ -75,12 +75,12 @@ def _passes(base: Base, adapters: Mapping[str, Adapter], rows: Sequence[LossRow]
     tokens = 0
     for i in order:
         if few and (tokens + lengths[i] > most or len(few) == _SLOTS):
-            yield sorted(few, key=lambda i: (base.pooled.order(rows[i].adapter), i))
+            yield few
             few, tokens = [], 0
         few.append(i)
         tokens += lengths[i]
     if few:
-        yield sorted(few, key=lambda i: (base.pooled.order(rows[i].adapter), i))
+        yield few
 
 
 @torch.inference_mode()

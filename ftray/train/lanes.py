@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class Base:
         self.base_losses: dict[Any, Any] = {}
         self.base_lock = threading.Lock()
         self._norms: dict[str, Tensor] = {}
+        self.unlearned_end = cache(lambda end: self.do(partial(unlearned_end, self.model, end)))
         self._asks: list[_Ask] = []
         self._changed = threading.Condition()
         self._closing = False
@@ -123,7 +124,7 @@ class Base:
                 trained=trained,
                 parameters=parameters,
                 unquantized=self.unquantized,
-                unlearned_end=lambda end: self.do(partial(unlearned_end, self.model, end)),
+                unlearned_end=self.unlearned_end,
                 lend=lend,
                 base_losses=self.base_losses,
                 base_lock=self.base_lock,

@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on both sides")
     arguments = parser.parse_args()
     settings = ALLOCATOR | THREADS
-    if any(os.environ.get(name) != value for name, value in settings.items()):  # as ftray's workers have it
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+    if not settings.keys() <= os.environ.keys():  # as ftray's workers have it
+        os.execve(sys.executable, [sys.executable, *sys.argv], settings | os.environ)
     disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     data = Path(os.environ["FTRAY_DATA"]).resolve()
