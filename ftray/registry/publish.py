@@ -100,7 +100,7 @@ def _put(registry: Registry, ref: Ref, stage: Path, facts: Facts) -> tuple[bool,
             try:
                 uploaded |= registry.upload(ref, stage, facts)
                 moved |= registry.point(ref)
-                if registry.confirm(ref):
+                if registry.confirm(ref, facts):
                     return uploaded, moved
             except FileNotFoundError:  # its folder was removed under the upload
                 pass

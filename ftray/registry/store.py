@@ -346,11 +346,17 @@ class Registry:
             _remove_empty(at)
         return [version.digest for version in entry.versions]
 
-    def confirm(self, ref: Ref) -> bool:
+    def confirm(self, ref: Ref, facts: Facts | None = None) -> bool:
         """After a pointer or pin was set: whether the version is there to stay. Who removes it sees the pointer or pin,
-        or else has left its mark."""
-        marked = self.is_being_removed(ref)
-        return not marked and self.is_complete(ref)
+        or else has left its mark. With `facts` each of its files is looked for: what was uploaded while somebody
+        removed may be gone but for its last file."""
+        if self.is_being_removed(ref):
+            return False
+        if facts is None:
+            return self.is_complete(ref)
+        there = self._find(f"{ref.tenant}/{ref.name}/{ref.digest}")
+        sizes = {name: info.get("size") for name, info in there.items()}
+        return FACTS in sizes and all(sizes.get(name) == file.size for name, file in facts.files.items())
 
     def is_being_removed(self, ref: Ref) -> bool:
         at = self._place(ref.tenant, ref.name)
@@ -471,8 +477,12 @@ class Registry:
                 try:
                     self.fs.rm(path, recursive=True)
                     return
-                except FileNotFoundError:
-                    return
+                except FileNotFoundError:  # the folder, or a file in it that got its name meanwhile
+                    self.fs.invalidate_cache()
+                    if not self.fs.exists(path):
+                        return
+                    if not left:
+                        raise
                 except OSError as error:
                     if error.errno != errno.ENOTEMPTY or not left:
                         raise

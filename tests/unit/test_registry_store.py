@@ -36,6 +36,11 @@ def put(registry: Registry, folder: Path, seed: int, name: str = "cheese", tenan
     return publish(folder / str(seed), registry, tenant, name, BASE).ref.digest
 
 
+def sizes_of(registry: Registry, ref: Ref) -> dict[str, int]:
+    """{name: bytes} of a version's files."""
+    return {path: info["size"] for path, info in registry._find(f"{ref.tenant}/{ref.name}/{ref.digest}").items()}
+
+
 def digests(registry: Registry, name: str = "cheese") -> set[str]:
     return {version.digest for version in registry.show("anna", name).versions}
 
@@ -385,6 +390,44 @@ def test_publishing_and_removing_one_version_at_once_ends_whole_or_gone(registry
         assert version.size == sum(p.stat().st_size for p in (tmp_path / "1").iterdir())
         assert not registry.is_being_removed(ref)
         registry.rollback("anna", "cheese")
+
+
+def test_what_a_removal_took_from_under_an_upload_is_put_there_again(registry, tmp_path, monkeypatch):
+    """A publisher that saw the weights but no `ftray.json`, while both were being removed, writes the latter alone."""
+    put(registry, tmp_path, 0)
+    ref = Ref("anna", "cheese", write_adapter(tmp_path / "1", 1))
+    upload, uploads = registry.upload, []
+
+    def into_a_removal(ref, folder, facts):
+        uploads.append(upload(ref, folder, facts))
+        if len(uploads) == 1:
+            registry.fs.rm_file(f"{registry.root}/{ref.tenant}/{ref.name}/{ref.digest}/adapter_model.safetensors")
+        return uploads[-1]
+
+    monkeypatch.setattr(registry, "upload", into_a_removal)
+    publish(tmp_path / "1", registry, "anna", "cheese", BASE)
+    assert len(uploads) == 2
+    assert sizes_of(registry, ref) == {p.name: p.stat().st_size for p in (tmp_path / "1").iterdir()}
+
+
+def test_a_file_that_changes_its_name_does_not_end_a_removal(registry, tmp_path, monkeypatch):
+    """What is written under another name first is gone when its turn comes; the others must go all the same."""
+    put(registry, tmp_path, 0)
+    ref = Ref("anna", "cheese", put(registry, tmp_path, 1))
+    registry.rollback("anna", "cheese")
+    remove, calls = registry.fs.rm, []
+
+    def renamed(path, recursive=False, maxdepth=None):
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileNotFoundError(f"{path}/.adapter_model.safetensors.tmp")
+        return remove(path, recursive=recursive, maxdepth=maxdepth)
+
+    monkeypatch.setattr(registry.fs, "rm", renamed)
+    registry.remove(ref)
+    assert len(calls) == 2
+    assert sizes_of(registry, ref) == {}
+    assert not registry.is_being_removed(ref)
 
 
 def test_a_removal_that_broke_off_is_told_to_who_publishes(registry, tmp_path, monkeypatch):
