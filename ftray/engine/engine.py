@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ftray.config import Model
 from ftray.engine import slots
 from ftray.engine.adapters import Adapters
-from ftray.engine.choice import Choice
+from ftray.engine.choice import Choice, Chosen
 from ftray.engine.grammar import Grammars
 from ftray.engine.memory import Need
 from ftray.engine.options import EngineOptions
@@ -28,7 +29,7 @@ from ftray.engine.probe import try_slots
 from ftray.engine.request import Chunk, Event, Finished, Request
 from ftray.engine.sampling import Sampler
 from ftray.engine.scheduler import FairQueue, shares
-from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable
+from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable, common
 from ftray.engine.slots import Piece, Slots
 from ftray.engine.text import Detokenizer, TextStream
 from ftray.errors import FtrayError, ModelError, QueueFull, RequestError, RunError
@@ -39,6 +40,8 @@ from ftray.registry.ref import Ref
 
 _ROUTES = 16
 """Routes that are kept: steps alternate between few."""
+_JUDGED = 512
+"""Tokens whose logits are held in 32 bits at once, to tell how probable they are."""
 
 
 def load_base(
@@ -134,6 +137,8 @@ class Engine:
         self._running: list[Sequence] = []
         """In the order in which they began."""
         self._by_id: dict[str, Sequence] = {}
+        self._read_now: dict[Any, list[Sequence]] = {}
+        """Those that are reading, by how their prompts open."""
         self._routes: OrderedDict[tuple[tuple[str | None, int], ...], Route] = OrderedDict()
         self._steps = self._prompt_tokens = self._cached_tokens = self._written_tokens = 0
         self._stats = EngineStats(options.slots)
@@ -169,7 +174,7 @@ class Engine:
         """Take a request in. Raises RequestError for one that can never be answered, QueueFull for one too many."""
         if not request.prompt:
             raise RequestError("the prompt has no tokens", hint="write some text")
-        if not all(0 <= token < self._vocabulary for token in request.prompt):
+        if not all(0 <= token < self._vocabulary for token in (*request.prompt, *request.expected)):
             raise RequestError(f"the prompt has tokens outside of the vocabulary of {self._vocabulary:,}")
         if len(request.prompt) >= self.context:
             raise self._too_long(request, 0)
@@ -263,6 +268,9 @@ class Engine:
     def _admit(self) -> list[Event]:
         """Free slots go to those who are next."""
         events: list[Event] = []
+        self._read_now = defaultdict(list)
+        for reader in self._running:
+            self._shares(reader)
         while self._table.free and (sequence := self._queue.pop(self._can_start, self.options.tenant_slots)):
             self._running.append(sequence)
             sequence.begins()
@@ -281,12 +289,24 @@ class Engine:
             sequence.done, sequence.cached = known, max(known - virtual, 0)
             self._cached_tokens += sequence.cached
             self._queue.charge(sequence.tenant, read=sequence.undone)
-            if sequence.begin >= self.context:
+            if sequence.begin >= self.context or len(sequence.tokens) > self.context:
                 events += self._end(sequence, "error", self._too_long(sequence.request, virtual))
+            else:
+                self._shares(sequence)
         return events
 
+    def _shares(self, sequence: Sequence) -> None:
+        """Others may wait for what this one reads."""
+        if self.options.reuse_prefixes and sequence.opening and sequence.undone > 1:
+            self._read_now[sequence.opening].append(sequence)
+
     def _can_start(self, sequence: Sequence) -> bool:
+        """Not while another reads what it can have copied afterwards: many that begin alike arrive together."""
         held = sequence.held
+        for other in self._read_now.get(sequence.opening, ()) if sequence.opening else ():
+            prompt = sequence.request.prompt
+            if other.done - other.virtual_tokens < common(prompt, other.request.prompt, len(prompt) - 1):
+                return False
         return held is None or (held.adapter is not None and self.adapters.start(held))
 
     def _too_long(self, request: Request, virtual: int) -> RequestError:
@@ -328,38 +348,92 @@ class Engine:
         if reason == "length" and sequence.text.stopped:  # the rest completed a stop string
             reason = "stop"
         last: list[Event] = [Chunk(sequence.id, rest)] if rest else []
-        return [*last, Finished(sequence.id, reason, sequence.usage(), error)]
+        return [*last, Finished(sequence.id, reason, sequence.usage(), error, sequence.expected)]
 
     # ----------------------------------------------------------------------------------------------------- the forward
 
     def _forward(self) -> list[Event]:
         writing, reading = self._compose()
-        sampled = [s for s, _ in writing] + [s for s, piece in reading if piece.count == s.undone]
-        try:
-            logits = self._logits([*writing, *reading], len(writing), sampled)
-            chosen = self._sampler.choose(logits, [s.choice for s in sampled])
-        except Exception as error:  # noqa: BLE001  what one step does to its requests must not end all later ones
-            return self._fail(writing + reading, error)
-        self._steps += 1
-        for sequence, piece in [*writing, *reading]:
-            sequence.done += piece.count
-        self._prompt_tokens += sum(piece.count for _, piece in reading)
+        row = [*writing, *reading]
         events: list[Event] = []
-        for sequence, found in zip(sampled, chosen, strict=True):
-            if found.error:
-                events += self._end(sequence, "error", found.error)
-                continue
-            self._written_tokens += 1
-            self._queue.charge(sequence.tenant, written=1)
-            sequence.tokens.append(found.token)
-            text = "" if found.is_end else sequence.text.add(found.token)
-            logprobs = (found.logprob,) if found.logprob else ()
-            events.append(Chunk(sequence.id, text, (found.token,), logprobs))
-            if found.finish == "stop" or sequence.text.stopped:
-                events += self._end(sequence, "stop")
-            elif found.finish == "length" or len(sequence.tokens) >= self.context:
-                events += self._end(sequence, "length")
+        try:
+            logits = self._logits(row, len(writing))
+            self._steps += 1
+            self._prompt_tokens += sum(piece.count for _, piece in reading)
+            self._write(*self._sampled(row, logits), events)
+        except Exception as error:  # noqa: BLE001  what one step does to its requests must not end all later ones
+            events += self._fail(row, error)
         return events
+
+    @torch.inference_mode()
+    def _sampled(self, row: list[tuple[Sequence, Piece]], logits: Tensor) -> tuple[Tensor, dict[Sequence, int]]:
+        """(logits, those who get a token now: the first of their rows there). What follows the last token of the
+        prompt stands in a sequence's first row, what follows its first expected one in the second."""
+        sampled: dict[Sequence, int] = {}
+        first, tables, count = 0, [logits], len(logits)
+        for sequence, piece in row:
+            wanted = len(sequence.wanted(piece.place, piece.count))
+            own = logits[first : first + wanted]
+            sequence.done += piece.count
+            if sequence.undone:
+                sequence.kept += [own.clone()] if wanted else []
+            elif sequence.kept:
+                sampled[sequence] = count
+                tables += [*sequence.kept, own]
+                count += sum(map(len, sequence.kept)) + wanted
+            else:
+                sampled[sequence] = first
+            first += wanted
+        logits = torch.cat(tables) if len(tables) > 1 else logits
+        if expecting := {s: at for s, at in sampled.items() if s.request.expected and not s.choice.count}:
+            self._judge(logits, expecting)
+        return logits, sampled
+
+    def _judge(self, logits: Tensor, sampled: dict[Sequence, int]) -> None:
+        """Tell how probable what is expected is."""
+        rows = self._tensor([at + i for s, at in sampled.items() for i in range(len(s.request.expected))])
+        tokens = self._tensor([token for s in sampled for token in s.request.expected])
+        losses = [
+            functional.cross_entropy(logits[some].float(), right, reduction="none")
+            for some, right in zip(rows.split(_JUDGED), tokens.split(_JUDGED), strict=True)
+        ]
+        found = iter((-torch.cat(losses)).tolist())
+        for sequence in sampled:
+            sequence.expected = tuple(next(found) for _ in sequence.request.expected)
+            sequence.begins_answer()
+
+    def _write(self, logits: Tensor, sampled: dict[Sequence, int], events: list[Event]) -> None:
+        """A token for each of `sampled`, and the next one for as long as the one before is what is expected: then its
+        keys and values are there."""
+        turn = 0
+        while sampled:
+            at = list(sampled.values())
+            now = logits if at == list(range(len(logits))) else logits[self._tensor(at)]
+            chosen = self._sampler.choose(now, [s.choice for s in sampled])
+            further = {}
+            for (sequence, place), found in zip(sampled.items(), chosen, strict=True):
+                self._accept(sequence, found, events)
+                begins = sequence.choice.count == turn + 1
+                right = sequence.request.expected[turn : turn + 1] == (found.token,)
+                if begins and right and sequence.id in self._by_id:
+                    sequence.done += 1
+                    further[sequence] = place + 1
+            sampled, turn = further, turn + 1
+
+    def _accept(self, sequence: Sequence, found: Chosen, events: list[Event]) -> None:
+        if found.error:
+            events += self._end(sequence, "error", found.error)
+            return
+        self._written_tokens += 1
+        self._queue.charge(sequence.tenant, written=1)
+        sequence.tokens.append(found.token)
+        text = "" if found.is_end else sequence.text.add(found.token)
+        logprobs = (found.logprob,) if found.logprob else ()
+        events.append(Chunk(sequence.id, text, (found.token,), logprobs))
+        if found.finish == "stop" or sequence.text.stopped:
+            events += self._end(sequence, "stop")
+        elif found.finish == "length" or len(sequence.tokens) >= self.context:
+            events += self._end(sequence, "length")
 
     def _compose(self) -> tuple[list[tuple[Sequence, Piece]], list[tuple[Sequence, Piece]]]:
         """(sequences that write, sequences that read) in this step, each with its tokens. Writing ones of one adapter
@@ -382,23 +456,21 @@ class Engine:
         return [(s, _piece(s, 1)) for s in writing], reading
 
     @torch.inference_mode()
-    def _logits(self, row: list[tuple[Sequence, Piece]], writing: int, sampled: list[Sequence]) -> Tensor:
-        """[sampled, vocabulary]: what follows each of `sampled`, after one pass of the base over `row`, whose first
-        `writing` entries are single tokens."""
+    def _logits(self, row: list[tuple[Sequence, Piece]], writing: int) -> Tensor:
+        """[tokens that are wanted, vocabulary]: what follows each of them, after one pass of the base over `row`, whose
+        first `writing` entries are single tokens."""
         pieces = [piece for _, piece in row]
         step = self.slots.step = self.slots.plan(pieces[:writing], pieces[writing:])
-        ids, last, keep = [], -1, []
-        wanted = set(map(id, sampled))
+        ids: list[int] = []
+        keep: list[int] = []
         for sequence, piece in row:
+            keep += [len(ids) + place - piece.place for place in sequence.wanted(piece.place, piece.count)]
             ids += sequence.tokens[piece.place : piece.place + piece.count]
-            last += piece.count
-            if id(sequence) in wanted:
-                keep.append(last)
         with self.base.pooled.routed(self._route(row)):
             output = self.base.model(
                 **self._tokens(row, ids),
                 position_ids=step.positions[None],
-                logits_to_keep=self._tensor(keep or [last]),
+                logits_to_keep=self._tensor(keep or [len(ids) - 1]),
                 use_cache=False,
             )
         return output.logits[0, : len(keep)]
@@ -439,6 +511,8 @@ class Engine:
         """A forward pass failed: so do the requests in it, and no other."""
         events: list[Event] = []
         for sequence, _ in row:
+            if sequence.id not in self._by_id:
+                continue
             wrong = RunError(f"the step failed: {type(error).__name__}: {error}")
             wrong.__cause__ = error
             events += self._end(sequence, "error", wrong)

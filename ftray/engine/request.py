@@ -56,6 +56,10 @@ class Request:
     """None: the base alone."""
     tenant: str = ""
     """Who asks: the one whom scheduling is fair to, and who alone may reuse this request's keys and values."""
+    expected: tuple[int, ...] = ()
+    """An answer that there may be, end token included. It is read with the prompt: the last event tells how probable it
+    is, and as far as it is what would be chosen, the answer need not be written token by token (the check of
+    speculative decoding, Leviathan et al. 2023, section 2.3, with this as the draft)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,8 @@ class Finished:
     usage: Usage
     error: FtrayError | None = None
     """With reason `error`."""
+    expected: tuple[float, ...] = ()
+    """Log probability of each token of `Request.expected` after those before it; nothing where it was not read."""
 
 
 Event = Chunk | Finished

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,32 @@ class Beginnings:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Pieces that go through one product: they end in the same page, and are of like length. B pieces, c tokens of the
+    longest, t tokens in all."""
+
+    slots: Tensor
+    """int64 [B]"""
+    pages: int
+    tokens: Tensor
+    """int64 [B, c]: which token of those side by side each query is; behind a piece's last one it stands again."""
+    places: Tensor
+    """int64 [B, c]: of each in its sequence."""
+    own: Tensor
+    """int64 [t]: which of the B · c are tokens."""
+    rows: Tensor
+    """int64 [t]: which of those side by side these are."""
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Pieces side by side that go on with their sequences."""
+
+    count: int
+    groups: tuple[Together, ...]
+
+
+@dataclass(frozen=True)
 class Step:
     """Where the tokens of a step belong. Tensors are on the slots' device."""
 
@@ -70,7 +97,7 @@ class Step:
     """int64 [R]: places that each row's sequence takes, its new token included; 1 for rows without one."""
     pages: int
     """That the longest of them takes."""
-    pieces: tuple[Piece | Beginnings, ...]
+    pieces: tuple[Beginnings | Continuations, ...]
     """The other tokens, in order."""
 
 
@@ -122,13 +149,30 @@ class Slots:
             tuple(self._pieces(prompts)),
         )
 
-    def _pieces(self, prompts: Sequence[Piece]) -> Iterator[Piece | Beginnings]:
+    def _pieces(self, prompts: Sequence[Piece]) -> Iterator[Beginnings | Continuations]:
         for begins, pieces in itertools.groupby(prompts, lambda piece: piece.place == 0):
+            own = list(pieces)
+            lengths = [piece.count for piece in own]
             if begins:
-                lengths = [piece.count for piece in pieces]
                 yield Beginnings(sum(lengths), Packed.of(torch.tensor(lengths)).to(self.device))
             else:
-                yield from pieces
+                starts = itertools.accumulate(lengths, initial=0)
+                groups = _alike(list(zip(own, starts, strict=False)))
+                yield Continuations(sum(lengths), tuple(self._together(group) for group in groups))
+
+    def _together(self, pieces: Sequence[tuple[Piece, int]]) -> Together:
+        """`pieces`: each with the row of its first token."""
+        counts = np.array([piece.count for piece, _ in pieces])
+        inside = np.arange(counts.max())
+        last = np.minimum(inside, counts[:, None] - 1)
+        tokens = np.array([start for _, start in pieces])[:, None] + last
+        places = np.array([piece.place for piece, _ in pieces])[:, None] + last
+        own = np.flatnonzero(inside < counts[:, None])
+        return Together(
+            self._tensor([piece.slot for piece, _ in pieces]),
+            _pages(pieces[0][0]),
+            *(torch.from_numpy(x).to(self.device) for x in (tokens, places, own, tokens.reshape(-1)[own])),
+        )
 
     def copy(self, source: int, target: int, places: int) -> None:
         """The first `places` places of a slot to another."""
@@ -155,6 +199,25 @@ class Slots:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _pages(piece: Piece) -> int:
+    """That its sequence takes up to its end."""
+    return -(-(piece.place + piece.count) // PAGE)
+
+
+def _alike(pieces: Sequence[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, int]]]:
+    """Those that go through one product, so that at most every second query is nobody's."""
+    group: list[tuple[Piece, int]] = []
+    tokens = 0
+    for piece, start in sorted(pieces, key=lambda each: (_pages(each[0]), each[0].count)):
+        padded = (len(group) + 1) * piece.count > 2 * (tokens + piece.count)
+        if group and (padded or _pages(group[0][0]) != _pages(piece)):
+            yield group
+            group, tokens = [], 0
+        group.append((piece, start))
+        tokens += piece.count
+    yield group
 
 
 def shape_of(config: Any) -> tuple[int, int, int]:
@@ -198,7 +261,10 @@ def slot_attention(
             found, _ = packed_attention(module, q, k, v, None, scale, packed=packed, sliding_window=sliding_window)
             out.append(found[0])
         else:
-            out.append(_read(piece, tokens[start:end], keys, values, scale, sliding_window))
+            found = torch.empty_like(tokens[start:end])
+            for group in piece.groups:
+                found[group.rows] = _read(group, tokens[start:end], keys, values, scale, sliding_window)
+            out.append(found)
         start = end
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
@@ -226,22 +292,25 @@ def _decode(step: Step, query: Tensor, keys: Tensor, values: Tensor, scale: floa
     return found.flatten(1, 2)
 
 
-def _read(piece: Piece, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    """[c, H, D] → [c, H, D]: tokens of a prompt see what is before them in their slot, and themselves."""
-    end = piece.place + piece.count
-    pages = -(-end // PAGE)
-    k, v = (x[:pages, piece.slot].transpose(0, 1).flatten(1, 2)[:, :end] for x in (keys, values))  # [K, end, D]
-    count, heads, width = query.shape
-    own = query.view(count, len(k), -1, width).permute(1, 2, 0, 3).reshape(len(k), -1, width)  # [K, G · c, D]
-    place = torch.arange(end, device=query.device)
-    now = place[piece.place :, None]
-    hidden = place > now
+def _read(group: Together, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """[T, H, D] → [t, H, D]: tokens of prompts see what is before them in their slot, and themselves."""
+    pieces, count = group.tokens.shape
+    width = query.shape[-1]
+    k, v = (  # [B, K, places, D]
+        x[: group.pages].permute(1, 2, 0, 3, 4).index_select(0, group.slots).flatten(2, 3) for x in (keys, values)
+    )
+    own = query[group.tokens].unflatten(2, (k.shape[1], -1))  # [B, c, K, G, D]
+    own = own.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, K, G · c, D]
+    place = torch.arange(k.shape[2], device=query.device)
+    now = group.places[:, :, None]
+    hidden = place > now  # [B, c, places]
     if window is not None:
         hidden |= place <= now - window
-    scores = ((own @ k.mT) * scale).view(len(k), -1, count, end)
-    scores.masked_fill_(hidden, float("-inf"))
-    shares = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
-    return (shares.flatten(1, 2) @ v).view(heads, count, width).transpose(0, 1)
+    scores = ((own @ k.mT) * scale).unflatten(2, (-1, count))
+    scores.masked_fill_(hidden[:, None, None], float("-inf"))
+    shares = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype).flatten(2, 3)
+    found = (shares @ v).unflatten(2, (-1, count)).permute(0, 3, 1, 2, 4)  # [B, c, K, G, D]
+    return found.reshape(pieces * count, -1, width).index_select(0, group.own)
 
 
 def no_interface(whose: str) -> ModelError:

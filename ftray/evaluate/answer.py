@@ -13,3 +13,5 @@ class Answer:
     """Written."""
     reason: str = ""
     """`stop`, or `length` where `max_tokens` cut it off."""
+    expected: tuple[float, ...] = ()
+    """Log probability of each token of the answer that was expected, where one was."""

@@ -39,6 +39,8 @@ class Prompt:
     stop: tuple[str, ...] = ()
     decoding: Decoding | None = None
     """Its own; None: that of all."""
+    expected: tuple[int, ...] = ()
+    """As in a Request: it is told how probable these are, and the answer stays what it is."""
 
 
 def answers_of(
@@ -51,8 +53,9 @@ def answers_of(
     done: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
     """The answer to each prompt, in order, written by one engine on `base`, which must have no other. `longest` is the
-    longest prompt in tokens, virtual ones of its adapter included; `decoding` allows as many tokens as any prompt's own
-    does. Raises RunError when a request fails."""
+    longest prompt in tokens, virtual ones of its adapter included. `decoding` allows as many tokens as any prompt's own
+    does, and `longest` and these together are enough for each prompt with what is expected. Raises RunError when a
+    request fails."""
     options = bulk_options(base, longest + decoding.max_tokens, adapters=len(adapters) or 1)
     engine = Engine(base, lambda ref: adapters[ref.digest], options)
     answers: list[Answer] = []
@@ -62,6 +65,7 @@ def answers_of(
                 raise _failed(end.error)
             answer = answers[int(end.id)]
             answer.text, answer.reason, answer.tokens = text, end.reason, end.usage.completion_tokens
+            answer.expected = end.expected
             done(count)
         return answers
     finally:
@@ -138,7 +142,7 @@ def _requests(prompts: Iterable[Prompt], decoding: Decoding, answers: list[Answe
             stop=(*own.stop, *prompt.stop),
         )
         adapter = None if prompt.adapter is None else Ref("evaluate", "evaluate", prompt.adapter)
-        yield Request(str(number), prompt.tokens, sampling, adapter, "evaluate")
+        yield Request(str(number), prompt.tokens, sampling, adapter, "evaluate", prompt.expected)
 
 
 def _failed(error: FtrayError) -> RunError:

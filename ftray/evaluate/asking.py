@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -15,14 +14,13 @@ from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import UserError
 from ftray.evaluate.answer import Answer
 from ftray.evaluate.answers import Prompt
+from ftray.evaluate.joint import OnEvent, losses_and_answers
 from ftray.evaluate.losses import LossRow
 from ftray.evaluate.questions import BETWEEN, Asked, Examples, Prompter, Question
 from ftray.evaluate.scores.metric import Measured
 from ftray.evaluate.statistics import Interval
 from ftray.evaluate.systems import BaseKey, System
 from ftray.evaluate.worker import Workers
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ def ask_base(
     on_event({"kind": "status", "text": f"loading {key.model.path} for {names}"})
     asking = _Asking(key, group, task, examples, workers, on_event)
     try:
-        asking.take_losses()
-        if task.settings.metrics:
-            asking.take_answers()
+        asking.ask()
     finally:
         asking.worker.close()
     for outcome in group:
@@ -102,13 +98,27 @@ class _Asking:
         templates = {outcome.system.chat_template for outcome in group}
         self.prompters = {t: Prompter(Vocabulary.of(load_tokenizer(key.model, t))) for t in templates}
 
-    def take_losses(self) -> None:
+    def ask(self) -> None:
+        rows, owners = self._rows()
+        decoding = self.task.settings.decoding
+        prompts = self._prompts(decoding.max_tokens) if self.task.settings.metrics else []
+        losses, answers = losses_and_answers(self.worker, rows, prompts, decoding, self.on_event)
+        for outcome in self.group:
+            outcome.losses = np.zeros(len(self.task.rows))
+        for (outcome, i), loss in zip(owners, losses, strict=True):
+            assert outcome.losses is not None
+            outcome.losses[i] = loss
+        each = len(self.task.questions)
+        for number, outcome in enumerate(self.group):
+            outcome.answers = answers[number * each : (number + 1) * each]
+
+    def _rows(self) -> tuple[list[LossRow], list[tuple[Outcome, int]]]:
+        """(rows whose losses are taken, which row of whose each is)."""
         rows: list[LossRow] = []
         owners: list[tuple[Outcome, int]] = []
         for outcome in self.group:
             system, prompter = outcome.system, self.prompters[outcome.system.chat_template]
             places = self.positions - self.virtual[system.key]
-            outcome.losses = np.full(len(self.task.rows), np.nan)
             outcome.target_tokens = np.zeros(len(self.task.rows))
             rendered = [prompter.whole(row, self._fitting(row, system, 0)[0]) for row in self.task.rows]
             for i, (tokens, targets) in enumerate(prompter.encoded(rendered)):
@@ -118,26 +128,19 @@ class _Asking:
                 outcome.target_tokens[i] = targets.sum()
                 rows.append(LossRow(system.key, tokens, targets))
                 owners.append((outcome, i))
-        losses = self.worker.losses(rows, self._progress("losses", len(rows), "rows"))
-        for (outcome, i), loss in zip(owners, losses, strict=True):
-            assert outcome.losses is not None
-            outcome.losses[i] = loss
-        for outcome in self.group:
-            assert outcome.losses is not None
-            outcome.losses = np.nan_to_num(outcome.losses)
+        return rows, owners
 
-    def take_answers(self) -> None:
-        decoding = self.task.settings.decoding
+    def _prompts(self, answer: int) -> list[Prompt]:
+        """Of each system in turn, room for `answer` tokens behind each."""
         prompts: list[Prompt] = []
-        longest = 0
         for outcome in self.group:
             system = outcome.system
             places = self.positions - self.virtual[system.key]
             for number, question in enumerate(self.task.questions):
-                shown, tokens = self._fitting(question.asked, system, decoding.max_tokens)
-                if len(tokens) + decoding.max_tokens > places:
+                shown, tokens = self._fitting(question.asked, system, answer)
+                if len(tokens) + answer > places:
                     raise UserError(
-                        f"a prompt has {len(tokens):,} tokens; with {decoding.max_tokens:,} of the answer it is longer"
+                        f"a prompt has {len(tokens):,} tokens; with {answer:,} of the answer it is longer"
                         f" than the {places:,} places that {system.name} has",
                         where=question.asked.where,
                         hint="lower evaluate.decoding.max_tokens, or leave this row out",
@@ -145,17 +148,7 @@ class _Asking:
                 stop = (BETWEEN,) if shown and question.asked.messages is None else ()
                 outcome.shown.append(len(shown))
                 prompts.append(Prompt(system.key, tokens, number, stop))
-                longest = max(longest, len(tokens) + self.virtual[system.key])
-        answers = self.worker.answers(prompts, decoding, longest, self._progress("answers", len(prompts), "answers"))
-        each = len(self.task.questions)
-        for number, outcome in enumerate(self.group):
-            outcome.answers = answers[number * each : (number + 1) * each]
-
-    def _progress(self, what: str, total: int, unit: str) -> Callable[[int], None]:
-        def told(count: int) -> None:
-            self.on_event({"kind": "progress", "what": what, "done": count, "total": total, "unit": unit})
-
-        return told
+        return prompts
 
     def _fitting(self, row: Asked, system: System, answer: int) -> tuple[list[Asked], tuple[int, ...]]:
         """(the examples in front of `row`, the prompt's tokens): as many examples as were asked for, or as fit. With

@@ -1,6 +1,6 @@
 """Adapters × tasks: what each run gained on its own task, and what it cost on the others and on general text.
 
-One base takes the losses of all its adapters on all tasks in one pass, and answers for them in another.
+One base reads each row once for each of its adapters, which gives the row's loss and the beginning of the answer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from ftray.config import Decoding, Evaluation, Run, Source
 from ftray.data.encode import Vocabulary
 from ftray.data.tokenizer import load_tokenizer
 from ftray.errors import ConfigError
+from ftray.evaluate.answer import Answer
 from ftray.evaluate.answers import Prompt
-from ftray.evaluate.asking import OnEvent
+from ftray.evaluate.joint import OnEvent, losses_and_answers
 from ftray.evaluate.losses import LossRow
-from ftray.evaluate.questions import Asked, Prompter, questions_of, read_rows, split_rows
+from ftray.evaluate.questions import Asked, Prompter, Question, questions_of, read_rows, split_rows
 from ftray.evaluate.scores.registry import expanded, opened
 from ftray.evaluate.systems import BaseKey, System, baselines, own_names
 from ftray.evaluate.worker import Computes, Worker, Workers
@@ -57,7 +58,6 @@ class Matrix:
     own: list[int | None]
     """The column of each system's own task."""
     seconds: float
-    answering_seconds: float
 
     def forgetting(self) -> np.ndarray:
         """float64 [systems, columns]: how much higher the loss is than that of the base that the system began as (the
@@ -130,20 +130,15 @@ def cross(systems: Sequence[System], columns: Sequence[Column], on_event: OnEven
     for i, system in enumerate(everyone):
         assert system.base is not None
         groups.setdefault(system.base, []).append(i)
-    answering = 0.0
     for key, members in groups.items():
         on_event({"kind": "status", "text": f"loading {key.model.path} for {len(members)} systems"})
         own = [everyone[i] for i in members]
         with closing(workers(key, own)) as worker:
             group = _Group(key, worker, own, columns)
-            losses[members] = group.losses(on_event)
-            began = time.perf_counter()
-            if any(column.metric for column in columns):
-                scores[members] = group.scores(on_event)
-            answering += time.perf_counter() - began
+            losses[members], scores[members] = group.losses_and_scores(on_event)
     owned = {name: i for i, column in enumerate(columns) for name in column.of}
     tasks = [*[None for _ in bases], *(owned.get(system.name) for system in systems)]
-    return Matrix(everyone, list(columns), losses, scores, tasks, time.perf_counter() - started, answering)
+    return Matrix(everyone, list(columns), losses, scores, tasks, time.perf_counter() - started)
 
 
 class _Group:
@@ -155,8 +150,23 @@ class _Group:
         templates = {system.chat_template for system in systems}
         self.prompters = {t: Prompter(Vocabulary.of(load_tokenizer(key.model, t))) for t in templates}
 
-    def losses(self, on_event: OnEvent) -> np.ndarray:
-        """[systems, columns]"""
+    def losses_and_scores(self, on_event: OnEvent) -> tuple[np.ndarray, np.ndarray]:
+        """[systems, columns] each."""
+        rows, cells = self._rows()
+        asked = [questions_of(column.rows, column.limit) if column.metric else [] for column in self.columns]
+        prompts = self._prompts(asked)
+        most = max((column.decoding.max_tokens for column in self.columns if column.metric), default=1)
+        decoding = self.columns[0].decoding.model_copy(update={"max_tokens": most})
+        losses, answers = losses_and_answers(self.worker, rows, prompts, decoding, on_event)
+        sums, targets = (np.zeros((len(self.systems), len(self.columns))) for _ in range(2))
+        for cell, row, loss in zip(cells, rows, losses, strict=True):
+            sums[cell] += loss
+            targets[cell] += row.targets.sum()
+        with np.errstate(invalid="ignore"):
+            return np.where(targets > 0, sums / targets, np.nan), self._scores(asked, answers)
+
+    def _rows(self) -> tuple[list[LossRow], list[tuple[int, int]]]:
+        """(rows whose losses are taken, the cell that each belongs to)."""
         rows: list[LossRow] = []
         cells: list[tuple[int, int]] = []
         for j, column in enumerate(self.columns):
@@ -170,38 +180,24 @@ class _Group:
                         if targets[:places].any():
                             rows.append(LossRow(system.key, tokens[:places], targets[:places]))
                             cells.append((i, j))
+        return rows, cells
 
-        def told(count: int) -> None:
-            on_event({"kind": "progress", "what": "losses", "done": count, "total": len(rows), "unit": "rows"})
-
-        sums, targets = (np.zeros((len(self.systems), len(self.columns))) for _ in range(2))
-        for cell, row, loss in zip(cells, rows, self.worker.losses(rows, told), strict=True):
-            sums[cell] += loss
-            targets[cell] += row.targets.sum()
-        with np.errstate(invalid="ignore"):
-            return np.where(targets > 0, sums / targets, np.nan)
-
-    def scores(self, on_event: OnEvent) -> np.ndarray:
-        """[systems, columns]"""
-        asked = [questions_of(column.rows, column.limit) if column.metric else [] for column in self.columns]
+    def _prompts(self, asked: Sequence[Sequence[Question]]) -> list[Prompt]:
+        """Of one system after the other: a batch then holds few adapters, each for many tokens."""
         prompts: list[Prompt] = []
-        longest = 0
         tokens = {
             template: [[prompter.tokens(question.asked) for question in questions] for questions in asked]
             for template, prompter in self.prompters.items()
         }
-        for system in self.systems:  # one after the other: a batch then holds few adapters, each for many tokens
+        for system in self.systems:
             for column, own in zip(self.columns, tokens[system.chat_template], strict=True):
-                longest = max([longest, *(len(each) + self.virtual[system.key] for each in own)])
                 prompts += [Prompt(system.key, t, n, decoding=column.decoding) for n, t in enumerate(own)]
-        most = max((column.decoding.max_tokens for column in self.columns if column.metric), default=0)
+        return prompts
 
-        def told(count: int) -> None:
-            on_event({"kind": "progress", "what": "answers", "done": count, "total": len(prompts), "unit": "answers"})
-
-        decoding = _longest_of(self.columns[0].decoding, most)
-        answers = iter(self.worker.answers(prompts, decoding, longest, told))
-        said = [[[next(answers).text.strip() for _ in questions] for questions in asked] for _ in self.systems]
+    def _scores(self, asked: Sequence[Sequence[Question]], answers: Sequence[Answer]) -> np.ndarray:
+        """[systems, columns]"""
+        each = iter(answers)
+        said = [[[next(each).text.strip() for _ in questions] for questions in asked] for _ in self.systems]
         found = np.full((len(self.systems), len(self.columns)), np.nan)
         for j, (column, questions) in enumerate(zip(self.columns, asked, strict=True)):
             if not column.metric:
@@ -209,10 +205,6 @@ class _Group:
             with opened([column.metric], [question.references for question in questions]) as [metric]:
                 found[:, j] = [metric.measure(texts[j]).score for texts in said]
         return found
-
-
-def _longest_of(decoding: Decoding, tokens: int) -> Decoding:
-    return decoding.model_copy(update={"max_tokens": max(tokens, 1)})
 
 
 def general_sources(paths: Sequence[str]) -> list[Source]:
@@ -236,5 +228,4 @@ def matrix_json(matrix: Matrix) -> dict[str, Any]:
         "scores": plain(matrix.scores),
         "forgetting": plain(matrix.forgetting()),
         "seconds": round(matrix.seconds, 2),
-        "answering_seconds": round(matrix.answering_seconds, 2),
     }

@@ -173,7 +173,7 @@ def with_peft(systems: Sequence[System], columns: Sequence[Column], rows: int, b
             with opened([columns[j].metric or ""], [question.references for question in those]) as [metric]:
                 scores[i, j] = metric.measure([next(answers) for _ in those]).score
     seconds = (time.perf_counter() - began) * (len(systems) + 1) / len(some)
-    return Matrix(list(systems), list(columns), losses, scores, [], seconds, 0.0)
+    return Matrix(list(systems), list(columns), losses, scores, [], seconds)
 
 
 def _batches(sizes: Sequence[tuple[int, int]], rows: int, by_task: bool) -> Iterator[list[int]]:
@@ -245,8 +245,7 @@ def measure(systems: list[System], arguments: argparse.Namespace) -> None:
         theirs = with_peft(systems, columns, arguments.batch, arguments.by_task, arguments.share)
         ratios.append(theirs.seconds / ours.seconds)
         print(
-            f"engine {ours.seconds:.1f} s ({ours.answering_seconds:.1f} s of it answers), PEFT {theirs.seconds:.1f} s:"
-            f" {ratios[-1]:.1f} times as fast",
+            f"engine {ours.seconds:.1f} s, PEFT {theirs.seconds:.1f} s: {ratios[-1]:.1f} times as fast",
             flush=True,
         )
     cells = f"{len(ours.systems)} × {len(columns)} cells of {len(columns[0].rows)} questions"

@@ -1,6 +1,6 @@
 """ASHA against a full grid of the same space: is what it finds as good, and for how many training tokens?
 
-    FTRAY_DATA=… python tests/bench/search.py [--steps 250] [--samples 32] [--lanes 16] [--data ROWS] [--seeds 1]
+    FTRAY_DATA=… python tests/bench/search.py [--steps 250] [--samples 32] [--lanes 16] [--data ROWS] [--held-out ROWS] [--seeds 1]
 
 E2E rows on stories260K, LoRA. The space has 4 rates × 4 ranks × 2 batch sizes = 32 combinations; the grid trains every
 one of them to its end, as lanes; ASHA draws its samples from the same space at random. Prints a markdown table, and
@@ -36,7 +36,7 @@ def a_search(name: str, folder: Path, arguments: argparse.Namespace, **keys: Any
         "overrides": {
             "train": {"steps": arguments.steps, "evaluate_every": every, "commit_every": None},
             "data.sources.0.limit": arguments.data,
-            "data.held_out.0.limit": 500,
+            "data.held_out.0.limit": arguments.held_out,
             "data.cache": str(folder / "data"),
             "logging.tensorboard": False,
         },
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--lanes", type=int, default=16)
     parser.add_argument("--data", type=int, default=4000, help="rows of E2E to train on")
+    parser.add_argument("--held-out", type=int, default=150, help="rows that every evaluation takes the loss of")
     parser.add_argument("--seeds", type=int, default=1, help="searches by ASHA, each with a seed of its own")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ftray-bench-search")
     arguments = parser.parse_args()
