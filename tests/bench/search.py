@@ -1,10 +1,12 @@
 """ASHA against a full grid of the same space: is what it finds as good, and for how many training tokens?
 
-    FTRAY_DATA=… python tests/bench/search.py [--steps 250] [--samples 32] [--lanes 16] [--data ROWS] [--held-out ROWS] [--seeds 1]
+    FTRAY_DATA=… python tests/bench/search.py [--steps 90] [--samples 32] [--lanes 16] [--data ROWS] [--held-out ROWS]
+        [--seeds 1]
 
 E2E rows on stories260K, LoRA. The space has 4 rates × 4 ranks × 2 batch sizes = 32 combinations; the grid trains every
-one of them to its end, as lanes; ASHA draws its samples from the same space at random. Prints a markdown table, and
-leaves both searches' folders with their reports.
+one of them to its end, as lanes; ASHA draws its samples from the same space at random, and lets a third of them
+go on after a ninth and after a third of the steps. Prints a markdown table, and leaves the searches' folders with their
+reports.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def a_search(name: str, folder: Path, arguments: argparse.Namespace, **keys: Any
 
     from ftray.config.search import parse_search
 
-    every = max(1, arguments.steps // 25)
+    every = max(1, arguments.steps // 9)
     raw = {
         "name": name,
         "run": "e2e-lora-stories260k",
@@ -59,11 +61,11 @@ def measure(spec: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--lanes", type=int, default=16)
     parser.add_argument("--data", type=int, default=4000, help="rows of E2E to train on")
-    parser.add_argument("--held-out", type=int, default=150, help="rows that every evaluation takes the loss of")
+    parser.add_argument("--held-out", type=int, default=100, help="rows that every evaluation takes the loss of")
     parser.add_argument("--seeds", type=int, default=1, help="searches by ASHA, each with a seed of its own")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ftray-bench-search")
     arguments = parser.parse_args()
@@ -71,7 +73,7 @@ def main() -> None:
 
     from ftray.session import ray_session
 
-    grace = max(1, arguments.steps // 25)
+    grace = max(1, arguments.steps // 9)
     scheduler = {"name": "asha", "grace": grace, "reduction": 3}
     rows = []
     with ray_session():
