@@ -3,6 +3,7 @@ so far, and is recorded before it is used."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from typing import Any, Protocol
@@ -10,7 +11,10 @@ from typing import Any, Protocol
 from ftray.config.search import OptunaSampler, Parameter, Search
 from ftray.train.seeds import mix
 from ftray.tune.ledger import Trial
-from ftray.tune.space import Parameters, draw, grid
+from ftray.tune.space import Parameters, draw, each, finite, grid
+
+_DIFFERENT = 10_000
+"""Trials of a space that is gone through without repetition; in a larger one few draws are alike."""
 
 
 class Sampler(Protocol):
@@ -19,11 +23,31 @@ class Sampler(Protocol):
 
 
 class RandomSearch:
+    """Of a space that has an end nothing is tried twice before all of it has been: 32 draws of 32 combinations would
+    miss 12 of them, and train as many again."""
+
     def __init__(self, search: Search) -> None:
-        self._search = search
+        self._search, self._each = search, each(search)
+        self._different = finite(search, _DIFFERENT)
+        self._drawn: list[Parameters] = []
+        self._tried: set[str] = set()
 
     def propose(self, index: int, trials: list[Trial]) -> Parameters:
-        return draw(self._search, index)
+        while len(self._drawn) <= index:
+            self._drawn += self._sample(len(self._drawn))
+        return self._drawn[index]
+
+    def _sample(self, first: int) -> list[Parameters]:
+        """The trials of the next sample, one of them at least a new one."""
+        if self._different is not None and len(self._tried) >= self._different:
+            self._tried.clear()
+        for attempt in itertools.count():
+            sample = [draw(self._search, first + i, attempt) for i in range(self._each)]
+            told = {json.dumps(parameters, sort_keys=True) for parameters in sample}
+            if self._different is None or not told <= self._tried:
+                break
+        self._tried |= told
+        return sample
 
 
 class GridSearch:

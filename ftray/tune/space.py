@@ -18,9 +18,10 @@ Parameters = dict[str, Any]
 _LARGEST_GRID = 100_000
 
 
-def draw(search: Search, index: int) -> Parameters:
+def draw(search: Search, index: int, attempt: int = 0) -> Parameters:
     """What trial `index` of sampler `random` tries. Keys are drawn apart, so that another key, or another order of
-    keys, changes none of the others. `grid` keys go through their combinations, all of them for each sample."""
+    keys, changes none of the others. `grid` keys go through their combinations, all of them for each sample. Another
+    `attempt` draws something else in its place."""
     combinations = _grid_of(search)
     sample, combination = divmod(index, len(combinations))
     parameters: Parameters = {}
@@ -30,7 +31,9 @@ def draw(search: Search, index: int) -> Parameters:
         if key in combinations[combination]:
             parameters[key] = combinations[combination][key]
         else:
-            random = np.random.default_rng([search.seed, sample, zlib.crc32(key.encode())])
+            random = np.random.default_rng(
+                [search.seed, sample, zlib.crc32(key.encode()), *([attempt] * (attempt > 0))]
+            )
             parameters[key] = _value(search.space[key], random)
     return parameters
 
@@ -72,4 +75,17 @@ def how_many(search: Search) -> int:
     """Trials of the whole search."""
     if search.sampler.name == "grid":
         return len(grid(search))
-    return search.samples * len(_grid_of(search))
+    return search.samples * each(search)
+
+
+def each(search: Search) -> int:
+    """Trials of each sample."""
+    return len(_grid_of(search))
+
+
+def finite(search: Search, most: int) -> int | None:
+    """How many different trials there can be; None where there is no end to them, or may be more than `most`."""
+    lists = [search.space[key].values for key in search.keys]
+    if any(values is None for values in lists) or math.prod(len(values or ()) for values in lists) > most:
+        return None
+    return len(grid(search))

@@ -26,6 +26,7 @@ from ftray.tune.ledger import Ledger
 from ftray.tune.outcome import front, outcome
 from ftray.tune.samplers import sampler_of
 from ftray.tune.schedulers import Recorded, scheduler_of
+from ftray.tune.space import draw
 from tests.toys import toy_run
 from tests.unit.test_search_config import a_search
 
@@ -122,6 +123,38 @@ with driving({str(tmp_path)!r}, print, threading.Event(), commanded=True):
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers
+
+
+def trials_of(search, count: int) -> list:
+    sampler = sampler_of(search)
+    return [sampler.propose(index, []) for index in range(count)]
+
+
+def different(parameters: list) -> set[str]:
+    return {json.dumps(each, sort_keys=True) for each in parameters}
+
+
+def test_a_space_that_has_an_end_is_gone_through_before_anything_comes_twice(tmp_path) -> None:
+    space = "space={train.learning_rate: {choice: [0.001, 0.003, 0.01]}, method.rank: {choice: [1, 2, 4, 8]}}"
+    search = a_search(f"output={tmp_path}", "samples=36", space)
+    proposed = trials_of(search, 36)
+    for first in (0, 12, 24):
+        assert len(different(proposed[first : first + 12])) == 12
+    assert [sampler_of(search).propose(index, []) for index in (35, 7)] == [proposed[35], proposed[7]]
+    assert proposed[:12] != proposed[12:24], "each time in another order"
+
+
+def test_grid_keys_keep_their_combinations_together(tmp_path) -> None:
+    space = "space={method.rank: {choice: [1, 2, 4]}, train.learning_rate: {grid: [0.001, 0.01]}}"
+    search = a_search(f"output={tmp_path}", "samples=3", space)
+    proposed = trials_of(search, 6)
+    assert len(different(proposed)) == 6
+    assert all(a["method.rank"] == b["method.rank"] for a, b in zip(proposed[::2], proposed[1::2], strict=True))
+
+
+def test_a_space_without_an_end_is_drawn_from_as_ever(tmp_path) -> None:
+    search = a_search(f"output={tmp_path}")
+    assert trials_of(search, 5) == [draw(search, index) for index in range(5)]
 
 
 def test_tpe_learns_and_proposes_again_what_it_proposed(tmp_path) -> None:
