@@ -262,8 +262,8 @@ class Search(Strict):
     mode: Annotated[list[Literal["min", "max"]], BeforeValidator(_listed)] | None = None
     """Whether less or more is better, for each metric; null: as the metric is."""
     samples: int = Field(16, ge=1)
-    """Trials; of sampler `random`, for each combination of `grid` keys. It tries nothing twice before all of a space
-    that has an end has been tried."""
+    """Trials; of sampler `random`, for each combination of `grid` keys. Without such keys it draws nothing twice before
+    all of a space that has an end has been drawn."""
     seed: int = Field(0, ge=0, lt=2**31)
     """What is drawn at random. The trials' own seed is the run's `seed`."""
     sampler: Annotated[Sampler, BeforeValidator(by_name)] = RandomSampler(name="random")

@@ -7,6 +7,7 @@ gives back its slot and its adapter exactly once.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -29,7 +30,7 @@ from ftray.engine.probe import try_slots
 from ftray.engine.request import Chunk, Event, Finished, Request
 from ftray.engine.sampling import Sampler
 from ftray.engine.scheduler import FairQueue, shares
-from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable, common
+from ftray.engine.sequence import VIRTUAL, Sequence, SlotTable
 from ftray.engine.slots import Piece, Slots
 from ftray.engine.text import Detokenizer, TextStream
 from ftray.errors import FtrayError, ModelError, QueueFull, RequestError, RunError
@@ -41,7 +42,7 @@ from ftray.registry.ref import Ref
 _ROUTES = 16
 """Routes that are kept: steps alternate between few."""
 _JUDGED = 512
-"""Tokens whose logits are held in 32 bits at once, to tell how probable they are."""
+"""Expected tokens whose logits are held at once, to tell how probable they are."""
 
 
 def load_base(
@@ -139,6 +140,8 @@ class Engine:
         self._by_id: dict[str, Sequence] = {}
         self._read_now: dict[Any, list[Sequence]] = {}
         """Those that are reading, by how their prompts open."""
+        self._held_back: dict[str, str] = {}
+        """Tenants of requests that wait for one of them, in this step: who comes behind takes no slot of theirs."""
         self._routes: OrderedDict[tuple[tuple[str | None, int], ...], Route] = OrderedDict()
         self._steps = self._prompt_tokens = self._cached_tokens = self._written_tokens = 0
         self._stats = EngineStats(options.slots)
@@ -268,7 +271,7 @@ class Engine:
     def _admit(self) -> list[Event]:
         """Free slots go to those who are next."""
         events: list[Event] = []
-        self._read_now = defaultdict(list)
+        self._read_now, self._held_back = defaultdict(list), {}
         for reader in self._running:
             self._shares(reader)
         while self._table.free and (sequence := self._queue.pop(self._can_start, self.options.tenant_slots)):
@@ -303,17 +306,22 @@ class Engine:
     def _can_start(self, sequence: Sequence) -> bool:
         """Not while another reads what it can have copied afterwards: many that begin alike arrive together."""
         held = sequence.held
+        if held is not None and held.adapter is None:
+            return False
+        prompt = sequence.request.prompt
         for other in self._read_now.get(sequence.opening, ()) if sequence.opening else ():
-            prompt = sequence.request.prompt
-            if other.done - other.virtual_tokens < common(prompt, other.request.prompt, len(prompt) - 1):
+            next_read = max(other.done - other.virtual_tokens, 0) + 1
+            if next_read < len(prompt) and prompt[:next_read] == other.request.prompt[:next_read]:
+                self._held_back[sequence.id] = sequence.tenant
                 return False
-        return held is None or (held.adapter is not None and self.adapters.start(held))
+        others = sum(tenant != sequence.tenant for tenant in self._held_back.values())
+        return len(self._table.free) > others and (held is None or self.adapters.start(held))
 
     def _too_long(self, request: Request, virtual: int) -> RequestError:
         own = f" and its adapter {virtual:,}" if virtual else ""
+        tokens = len(request.prompt) + len(request.expected)
         return RequestError(
-            f"the prompt has {len(request.prompt):,} tokens{own}; together with the answer they may have"
-            f" {self.context - 1:,}",
+            f"the prompt has {tokens:,} tokens{own}; together with the answer they may have {self.context - 1:,}",
             hint="shorten the prompt",
         )
 
@@ -337,6 +345,7 @@ class Engine:
                 self._table.forget(sequence.slot)
             if sequence.held:
                 self.adapters.stop(sequence.held)
+        sequence.kept = []
         if sequence.held:
             self.adapters.leave(sequence.held)
             sequence.held = None  # the slot remembers the sequence, and need not keep the adapter in memory
@@ -393,14 +402,15 @@ class Engine:
         """Tell how probable what is expected is."""
         rows = self._tensor([at + i for s, at in sampled.items() for i in range(len(s.request.expected))])
         tokens = self._tensor([token for s in sampled for token in s.request.expected])
-        losses = [
-            functional.cross_entropy(logits[some].float(), right, reduction="none")
-            for some, right in zip(rows.split(_JUDGED), tokens.split(_JUDGED), strict=True)
-        ]
-        found = iter((-torch.cat(losses)).tolist())
+        found = iter((-functional.cross_entropy(logits[rows].float(), tokens, reduction="none")).tolist())
         for sequence in sampled:
             sequence.expected = tuple(next(found) for _ in sequence.request.expected)
             sequence.begins_answer()
+            assert sequence.slot is not None
+            if not all(
+                map(math.isfinite, sequence.expected)
+            ):  # its values must not reach the answer, nor who comes next
+                self.slots.clear(sequence.slot, sequence.begin)
 
     def _write(self, logits: Tensor, sampled: dict[Sequence, int], events: list[Event]) -> None:
         """A token for each of `sampled`, and the next one for as long as the one before is what is expected: then its
@@ -446,13 +456,17 @@ class Engine:
         for sequence in self._running:
             if sequence.undone > 1:
                 unread[sequence.tenant] += sequence.undone
-        share = shares(unread, left)
+        share, judged = shares(unread, left), _JUDGED
         reading = []
         for sequence in self._running:
             if sequence.undone > 1 and share[sequence.tenant]:
                 count = min(sequence.undone, share[sequence.tenant])
+                if sequence.request.expected:
+                    wanted = len(sequence.wanted(sequence.done, count))
+                    count -= max(wanted - judged, 0)
+                    judged -= min(wanted, judged)
                 share[sequence.tenant] -= count
-                reading.append((sequence, _piece(sequence, count)))
+                reading += [(sequence, _piece(sequence, count))] if count else []
         return [(s, _piece(s, 1)) for s in writing], reading
 
     @torch.inference_mode()

@@ -33,6 +33,10 @@ SPARSE = 3
 the product would read."""
 
 
+TOGETHER = 1 << 18
+"""Scores of a head that several pieces have together, at most: 80 MB for 32 heads."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A run of tokens of one sequence in a step."""
@@ -207,12 +211,14 @@ def _pages(piece: Piece) -> int:
 
 
 def _alike(pieces: Sequence[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, int]]]:
-    """Those that go through one product, so that at most every second query is nobody's."""
+    """Those that go through one product, so that at most every second query is nobody's, and they take no more memory
+    than one long piece would."""
     group: list[tuple[Piece, int]] = []
     tokens = 0
     for piece, start in sorted(pieces, key=lambda each: (_pages(each[0]), each[0].count)):
-        padded = (len(group) + 1) * piece.count > 2 * (tokens + piece.count)
-        if group and (padded or _pages(group[0][0]) != _pages(piece)):
+        queries = (len(group) + 1) * piece.count
+        too_many = queries > 2 * (tokens + piece.count) or queries * _pages(piece) * PAGE > TOGETHER
+        if group and (too_many or _pages(group[0][0]) != _pages(piece)):
             yield group
             group, tokens = [], 0
         group.append((piece, start))

@@ -54,8 +54,7 @@ def answers_of(
 ) -> list[Answer]:
     """The answer to each prompt, in order, written by one engine on `base`, which must have no other. `longest` is the
     longest prompt in tokens, virtual ones of its adapter included. `decoding` allows as many tokens as any prompt's own
-    does, and `longest` and these together are enough for each prompt with what is expected. Raises RunError when a
-    request fails."""
+    does; no prompt with what is expected is longer than both together. Raises RunError when a request fails."""
     options = bulk_options(base, longest + decoding.max_tokens, adapters=len(adapters) or 1)
     engine = Engine(base, lambda ref: adapters[ref.digest], options)
     answers: list[Answer] = []

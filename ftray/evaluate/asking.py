@@ -1,4 +1,4 @@
-"""What stands on one base: the losses and answers of all of it, one pass of a worker for each."""
+"""What stands on one base: the losses and answers of all of it, which one reading gives where it can."""
 
 from __future__ import annotations
 

@@ -26,20 +26,21 @@ def losses_and_answers(
 ) -> tuple[np.ndarray, list[Answer]]:
     """(float64 [rows]: sum of the cross-entropy of each row's targets in nats, the answer to each prompt). `decoding`
     allows as many tokens as any prompt's own does. Raises as `Computes` does."""
+    virtual = worker.virtual_tokens()
+    longest = max((len(prompt.tokens) + virtual[prompt.adapter] for prompt in prompts), default=0)
     joined = _joined(rows, prompts) if decoding.beams == 1 else {}
+    most = longest + decoding.max_tokens  # places that there are anyway: one long row must not make all slots longer
+    joined = {n: i for n, i in joined.items() if len(rows[i].tokens) + virtual[rows[i].adapter] <= most}
     alone = sorted(set(range(len(rows))).difference(joined.values()))
     losses = np.zeros(len(rows))
     if alone:
         losses[alone] = worker.losses([rows[i] for i in alone], _progress(on_event, "losses", len(alone), "rows"))
     if not prompts:
         return losses, []
-    virtual = worker.virtual_tokens()
-    longest = max(len(prompt.tokens) + virtual[prompt.adapter] for prompt in prompts)
     expecting = list(prompts)
     for n, i in joined.items():
         whole = rows[i].tokens.tolist()
         expecting[n] = replace(prompts[n], expected=tuple(whole[len(prompts[n].tokens) :]))
-        longest = max(longest, len(whole) + virtual[rows[i].adapter] - decoding.max_tokens)
     told = _progress(on_event, "answers", len(prompts), "answers")
     answers = worker.answers(expecting, decoding, longest, told)
     for n, i in joined.items():

@@ -10,8 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,22 +65,14 @@ def compile_parts(names: list[str]) -> None:
         folder = _folder(name)
         with _alone(folder.with_name(f"{name}.ftray")):
             (folder / "lock").unlink(missing_ok=True)  # of a process that was killed: torch would wait for it forever
-            builder = getattr(builders, _BUILDERS[name])()
-            builder.cxx_args = partial(_without_symbols, builder.cxx_args)
             try:
-                builder.load(verbose=False)
+                getattr(builders, _BUILDERS[name])().load(verbose=False)
             except (RuntimeError, OSError, ImportError) as error:
                 raise RunError(
                     f"DeepSpeed's {name} cannot be compiled here: {str(error).strip()[-2000:]}",
                     where=str(folder),
                     hint="set strategy.offload_optimizer (and offload_parameters) to none to do without it",
                 ) from None
-
-
-def _without_symbols(flags: Callable[[], list[str]]) -> list[str]:
-    """Nobody debugs these parts, and a fifth of the compiler's time goes into symbols (measured: async_io 283 s, 233 s
-    without)."""
-    return [flag for flag in flags() if flag != "-g"]
 
 
 def _folder(name: str) -> Path:

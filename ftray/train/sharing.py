@@ -46,7 +46,3 @@ def difference(a: Run, b: Run) -> str | None:
     """The key in which two runs need different bases; None if they may share one."""
     mine, other = base_of(a), base_of(b)
     return next((key for key, value in mine.items() if other[key] != value), None)
-
-
-def same_base(a: Run, b: Run) -> bool:
-    return difference(a, b) is None

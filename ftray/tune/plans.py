@@ -17,7 +17,7 @@ from ftray.manifest import digest_of, join, write_text
 from ftray.model.plan import make_plan
 from ftray.model.shapes import Shapes
 from ftray.model.source import find_shapes
-from ftray.train.sharing import difference, refusal, same_base
+from ftray.train.sharing import difference, refusal
 
 Kind = Literal["lanes", "runs"]
 
@@ -40,13 +40,18 @@ class Plans:
         """Digest of what decides the rows → where they are prepared."""
         self._base: Run | None = None
         """The run whose base lanes share: the first that can be a lane."""
+        self._told: set[str] = set()
+        """Reasons why trials are no lanes that the user knows."""
 
     def of(self, parameters: dict[str, Any], index: int) -> Planned:
         """Raises ConfigError and ModelError for a run that cannot be."""
         run = self._search.run_of(parameters, index)
-        kind = self._kind(run)
+        reason = self._refusal(run)
+        kind: Kind = "lanes" if reason is None else "runs"
+        if reason and reason not in self._told:
+            self._told.add(reason)
+            self._on_event({"kind": "status", "text": f"trials that are runs of their own, and no lanes: {reason}"})
         if kind == "runs" and self._search.scheduler.name == "pbt":
-            reason = refusal(run) or f"{difference(self._base or run, run)} differs from that of the first"
             raise ConfigError(
                 f"scheduler pbt: trial {index:04d} cannot be a lane, and only lanes go on from each other's commits:"
                 f" {reason}",
@@ -71,13 +76,16 @@ class Plans:
                 self._shapes[key] = None
         return self._shapes[key]
 
-    def _kind(self, run: Run) -> Kind:
+    def _refusal(self, run: Run) -> str | None:
+        """Why the trial is no lane; None if it is one."""
         if self._search.lanes == "off":
-            return "runs"
-        if refusal(run) is not None or not same_base(self._base or run, run):
-            return "runs"
+            return "lanes is off"
+        if (reason := refusal(run)) is not None:
+            return reason
+        if key := difference(self._base or run, run):
+            return f"{key} differs from that of the first"
         self._base = self._base or run
-        return "lanes"
+        return None
 
     def prepare(self, run: Run) -> str:
         """Prepare the run's rows, or find them; note them and the run in its folder. Returns their URI. Needs Ray."""

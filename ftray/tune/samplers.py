@@ -3,7 +3,6 @@ so far, and is recorded before it is used."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import warnings
 from typing import Any, Protocol
@@ -15,6 +14,8 @@ from ftray.tune.space import Parameters, draw, each, finite, grid
 
 _DIFFERENT = 10_000
 """Trials of a space that is gone through without repetition; in a larger one few draws are alike."""
+_ATTEMPTS = 64
+"""Draws for each trial of such a space before one is made again: the chance to miss the last new one is e^-64."""
 
 
 class Sampler(Protocol):
@@ -23,8 +24,8 @@ class Sampler(Protocol):
 
 
 class RandomSearch:
-    """Of a space that has an end nothing is tried twice before all of it has been: 32 draws of 32 combinations would
-    miss 12 of them, and train as many again."""
+    """Of a space that has an end nothing is drawn twice before all of it has been: 32 draws of 32 combinations would
+    miss 12 of them, and train as many again. With `grid` keys at least one trial of each sample is a new one."""
 
     def __init__(self, search: Search) -> None:
         self._search, self._each = search, each(search)
@@ -41,7 +42,7 @@ class RandomSearch:
         """The trials of the next sample, one of them at least a new one."""
         if self._different is not None and len(self._tried) >= self._different:
             self._tried.clear()
-        for attempt in itertools.count():
+        for attempt in range(_ATTEMPTS * (self._different or 1)):
             sample = [draw(self._search, first + i, attempt) for i in range(self._each)]
             told = {json.dumps(parameters, sort_keys=True) for parameters in sample}
             if self._different is None or not told <= self._tried:
@@ -60,8 +61,8 @@ class GridSearch:
 
 class OptunaSearch:
     """TPE over the ledger: each proposal comes from a study made of what is known by then, with a seed of its own, so
-    that a search which was broken off proposes as if it had not been. A trial that is still running counts with its
-    best value so far as one that was cut short; one without a value keeps others from its place."""
+    that a search of one trial at a time proposes as if it had not been broken off. One that is still running keeps
+    others from its place."""
 
     def __init__(self, search: Search) -> None:
         self._search = search

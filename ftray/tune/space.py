@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import zlib
 from typing import Any
@@ -88,4 +89,4 @@ def finite(search: Search, most: int) -> int | None:
     lists = [search.space[key].values for key in search.keys]
     if any(values is None for values in lists) or math.prod(len(values or ()) for values in lists) > most:
         return None
-    return len(grid(search))
+    return len({json.dumps(parameters, sort_keys=True) for parameters in grid(search)})  # a value may be listed twice

@@ -150,12 +150,47 @@ def test_nobody_waits_for_another_tenants_beginning(base, new_engine):
     assert [log.last[request.id].usage.cached_tokens > 0 for request in requests] == [False, True] * 2
 
 
+def test_who_waits_for_a_beginning_keeps_a_slot_from_other_tenants(base, new_engine):
+    """Slots go to others as if those that wait had theirs."""
+    engine = new_engine(prompt_tokens=16, step_tokens=16)
+    alike = [ask(base, f"t{i}", GREEDY, "", PROMPT * 2, "t") for i in range(2)]
+    for request in [*alike, *(ask(base, f"u{i}", GREEDY, "", PROMPT[i:] * 2, "u") for i in range(6))]:
+        engine.add(request)
+    engine.step()
+    assert {sequence.id for sequence in engine._running} == {"t0", "u0", "u1"}
+    log = run(engine, until=lambda log: "t1" in log.tokens)
+    assert not log.last, "it got its slot before anybody had ended"
+    run(engine, log=log)
+    assert len(log.last) == 8
+
+
+def test_what_is_expected_in_vain_spoils_nothing(base, new_engine, monkeypatch):
+    """Values that are no numbers, of expected tokens alone."""
+    engine = new_engine(slots=1)
+    right = run(engine, ask(base, "a")).tokens["a"]
+    judge = engine._judge
+
+    def spoiled(logits, sampled):
+        for sequence in sampled:
+            for values in engine.slots.values:
+                values[0, sequence.slot, :, sequence.begin :] = torch.nan
+            logits[sampled[sequence] + 1] = torch.nan
+        judge(logits, sampled)
+
+    monkeypatch.setattr(engine, "_judge", spoiled)
+    log = run(engine, replace(ask(base, "b", tenant="u"), expected=(300, 301)))
+    assert log.tokens["b"] == right
+    monkeypatch.undo()
+    assert run(engine, ask(base, "c", tenant="v")).tokens["c"] == right
+
+
 def test_who_waited_goes_on_when_the_reader_is_cancelled(base, new_engine):
     engine = new_engine(prompt_tokens=8, step_tokens=8)
     long = ask(base, "a", text=PROMPT * 3)
     engine.add(long)
     engine.add(replace(long, id="b"))
     engine.step()
+    assert [sequence.id for sequence in engine._running] == ["a"]
     engine.cancel("a")
     log = run(engine)
     assert log.last["a"].reason == "cancelled"

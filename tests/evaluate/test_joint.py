@@ -18,7 +18,8 @@ from ftray.evaluate.worker import Worker
 from tests.evaluate.runs import cheese_run
 from tests.toys import cheese_rows
 
-GREEDY = Decoding(max_tokens=6)
+GREEDY = Decoding(max_tokens=64)
+DRAWN = Decoding(max_tokens=64, temperature=1.2, seed=3)
 
 
 class Counting(Worker):
@@ -60,7 +61,7 @@ def prompts_of(rows: list[LossRow]) -> list[Prompt]:
     return [Prompt(row.adapter, tuple(row.tokens[: row.targets.argmax()].tolist())) for row in rows]
 
 
-@pytest.mark.parametrize("decoding", [GREEDY, Decoding(max_tokens=6, temperature=1.2, seed=3)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("decoding", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_each_loss_and_each_answer_is_its_own(worker, rows, decoding):
     expected, said = worker.losses(rows), worker.answers(prompts_of(rows), decoding, 200)
     worker.rows = 0
@@ -96,9 +97,14 @@ def test_losses_alone(worker, rows):
     assert answers == []
 
 
-def test_an_answer_that_is_longer_than_what_may_be_written(worker, rows):
-    """There is room for what is expected, and the answer is cut off where it always is."""
-    short = Decoding(max_tokens=1)
+def test_a_long_row_does_not_make_every_slot_longer(worker, rows):
+    """It is read by itself."""
+    short = Decoding(max_tokens=50)
+    long = max(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    tokens = np.concatenate([rows[long].tokens, rows[long].tokens[-40:]])
+    rows[long] = LossRow(rows[long].adapter, tokens, np.pad(rows[long].targets, (0, 40), constant_values=True))
     losses, answers = losses_and_answers(worker, rows, prompts_of(rows), short, lambda event: None)
+    assert 0 < worker.rows < len(rows)
     assert losses == pytest.approx(worker.losses(rows), rel=1e-4)
-    assert {answer.tokens for answer in answers} == {1}
+    assert len(answers) == len(rows)
+    assert max(answer.tokens for answer in answers) <= 50

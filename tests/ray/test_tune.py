@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -125,6 +126,29 @@ def test_broken_off_and_taken_up_again(folder):
 
 
 @pytest.mark.usefixtures("curves")
+def test_one_trial_at_a_time_decides_as_if_nothing_had_been_killed(folder):
+    """With several at once ASHA decides by who is there first. Kills fall anywhere, on the worker or the trial."""
+    keys = {"scheduler": {"name": "asha", "grace": 5, "reduction": 2}, "samples": 8, "concurrency": 1}
+    found = go(whole := a_search(folder, "one-by-one", **keys))
+    rng = random.Random(int(os.environ.get("FTRAY_TEST_SEED", "3")))
+    at = {rng.randrange(2, 12): "ray::Curves", rng.randrange(12, 20): "ray::Follower"}
+    seen = Counter()
+
+    def kill(event):
+        seen[event["kind"]] += 1
+        if event["kind"] == "trial_result" and (name := at.pop(seen["trial_result"], None)):
+            processes(name)[0].kill()
+
+    again = go(broken := a_search(folder, "one-by-one-killed", **keys), kill)
+    assert not at
+    assert curves_of(broken) == curves_of(whole)
+    states = [[trial.state for trial in Ledger(spec.folder).trials] for spec in (broken, whole)]
+    assert states[0] == states[1]
+    assert "stopped" in states[0]
+    assert again["best"]["parameters"] == found["best"]["parameters"]
+
+
+@pytest.mark.usefixtures("curves")
 def test_the_other_samplers_and_schedulers_come_to_an_end(folder):
     for name, keys in {
         "tpe-hyperband": {"sampler": "optuna", "scheduler": {"name": "hyperband", "max_steps": 40}, "samples": 7},
@@ -188,7 +212,8 @@ def test_ordinary_runs_of_one_and_two_workers_on_two_cpus(folder):
     assert all((Path(spec.trial_folder(i)) / "artefact/ftray.json").exists() for i in range(9))
     wait_for(lambda: not [group for group in placement_group_table().values() if group["state"] != "REMOVED"])
     assert not [a for a in list_named_actors(all_namespaces=True) if "rain" in str(a)]
-    wait_for(lambda: not processes("ray::RayTrainWo", "ray::Ordinary", "ray::TrainContr"), 30)
+    ours = ("ray::RayTrainWo", "ray::Ordinary", "ray::TrainContr", "ray::Follower", "ray::Desk", "ray::Board")
+    wait_for(lambda: not processes(*ours), 30)
     wait_for(lambda: ray.available_resources().get("CPU") == 4)
     left = set(os.listdir(tempfile.gettempdir())) - scratch
     assert not [name for name in left if name.startswith("ftray")]
@@ -209,13 +234,45 @@ def two_cpus():
     ray.kill(holder)
 
 
-def test_lanes_of_one_base_and_the_host_is_killed(folder):
+def two_lanes(folder: Path, name: str):
+    overrides = {"train": {"steps": 12, "evaluate_every": 3, "commit_every": None}}
+    space = {"method.rank": {"choice": [2, 4]}}
+    return a_search(folder, name, sampler="grid", space=space, lanes="auto", overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A search of two lanes that nothing broke off."""
+    go(spec := two_lanes(folder, "whole"))
+    return spec
+
+
+def same_curves(broken, whole) -> None:
+    for mine, theirs in zip(curves_of(broken), curves_of(whole), strict=True):
+        assert [step for step, _ in mine] == [3, 6, 9, 12]
+        assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], rel=1e-4)
+
+
+@pytest.mark.long
+def test_lanes_of_one_base_and_the_driver_is_killed(folder, whole):
+    """The command itself, with SIGKILL: nothing that belongs to it is left, and it goes on where it was."""
+    spec = two_lanes(folder, "driver-of-lanes")
+    (folder / "lanes.yaml").write_text(spec.to_yaml())
+    command = [sys.executable, "-m", "ftray.cli.main", "tune", str(folder / "lanes.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as driver:
+        wait_for(lambda: sum(map(len, curves_of(spec))) >= 3, 120)
+        others = processes("ray::Follower", "ray::Host", below=driver.pid)
+        assert others
+        driver.kill()
+    assert not psutil.wait_procs(others, timeout=60)[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_curves(spec, whole)
+
+
+def test_lanes_of_one_base_and_the_host_is_killed(folder, whole):
     """The real thing, small: two trials on one base, whose process is killed; their curves are those of an unbroken
     search, and an artefact is a run's."""
-    space = {"method.rank": {"choice": [2, 4]}}
-    keys = {"sampler": "grid", "space": space, "lanes": "auto"}
-    keys["overrides"] = {"train": {"steps": 12, "evaluate_every": 3, "commit_every": None}}
-    go(whole := a_search(folder, "whole", **keys))
     killed: list[psutil.Process] = []
 
     def on_event(event):
@@ -223,12 +280,10 @@ def test_lanes_of_one_base_and_the_host_is_killed(folder):
             killed.extend(processes("ray::Host"))
             killed[0].kill()
 
-    found = go(broken := a_search(folder, "broken-lanes", **keys), on_event)
+    found = go(broken := two_lanes(folder, "broken-lanes"), on_event)
     assert len(killed) == 1
     assert found["finished"] == 2
-    for mine, theirs in zip(curves_of(broken), curves_of(whole), strict=True):
-        assert [step for step, _ in mine] == [3, 6, 9, 12]
-        assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], rel=1e-4)
+    same_curves(broken, whole)
     best = load_run(found["best_file"])
     assert (Path(best.folder) / "artefact/adapter_model.safetensors").exists()
     assert json.loads((Path(best.folder) / "summary.json").read_text())["artefact"]

@@ -144,6 +144,18 @@ def test_a_space_that_has_an_end_is_gone_through_before_anything_comes_twice(tmp
     assert proposed[:12] != proposed[12:24], "each time in another order"
 
 
+def test_a_value_that_is_listed_twice_is_more_likely_to_come_first(tmp_path) -> None:
+    space = "space={method.name: {choice: [qlora, qlora, qlora, qdora]}, method.rank: {choice: [4, 4]}}"
+    proposed = trials_of(a_search(f"output={tmp_path}", "samples=7", space), 7)
+    assert [len(different(proposed[first : first + 2])) for first in (0, 2, 4)] == [2, 2, 2]
+
+
+def test_grid_keys_that_count_for_some_alone_come_to_an_end(tmp_path) -> None:
+    space = "space={method.name: {grid: [lora, dora]}, method.rank: {choice: [2, 4], when: {method.name: lora}}}"
+    proposed = trials_of(a_search(f"output={tmp_path}", "samples=4", space), 8)
+    assert len(different(proposed[:4])) == 3
+
+
 def test_grid_keys_keep_their_combinations_together(tmp_path) -> None:
     space = "space={method.rank: {choice: [1, 2, 4]}, train.learning_rate: {grid: [0.001, 0.01]}}"
     search = a_search(f"output={tmp_path}", "samples=3", space)

@@ -154,7 +154,7 @@ def tune(
     Ctrl-C lets every trial commit, and leaves with exit code 75. The same command goes on, also after any kill: what is
     finished or was stopped is not trained again.
 
-    ftray tune e2e-asha samples=64 budget.minutes=30
+    ftray tune e2e-asha samples=16 budget.minutes=30
     """
     from ftray.cli.tune import tune_command
     from ftray.config.search import load_search
