@@ -245,11 +245,11 @@ def border(row: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.float3
     largest = row.max()
     if not largest > 0:
         return np.float32(0)
-    smallest, kept, total = np.float32(0), row, 1.0
+    smallest, kept = np.float32(0), row
     if 0 < top_k < len(row):
         smallest, kept = _kth(row, top_k)
-        total = float(kept.sum(dtype=np.float64))
     if top_p < 1:
+        total = float(kept.sum(dtype=np.float64))  # 1 but for rounding, which at the border is several tokens
         smallest = _nucleus(kept, top_p * total, total)
     return max(smallest, np.float32(min_p * largest))
 

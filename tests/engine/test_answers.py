@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -174,9 +175,12 @@ def test_joins_leaves_and_pieces_of_prompts(base, artefacts, new_engine, oracle,
     for request in requests:
         assert last[request.id].reason in ("length", "cancelled")
         check(request, tokens[request.id], oracle)
+    [*_, ended] = (request for id in last for request in requests if request.id == id and last[id].reason == "length")
+    again = drive(engine, {0: [replace(ended, id="again")]})[1]["again"]
+    assert (again.usage.cached_tokens > 0) == reuse, "its slot was given to nobody since"
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.adapter_users) == (0, 0, 0)
-    assert (stats.cached_tokens > 0) == reuse
+    assert reuse or not stats.cached_tokens
     assert len(engine._table.free) == 6
 
 
