@@ -48,7 +48,7 @@ class Plans:
         run = self._search.run_of(parameters, index)
         reason = self._refusal(run)
         kind: Kind = "lanes" if reason is None else "runs"
-        if reason and reason not in self._told:
+        if reason and reason not in self._told and self._search.lanes != "off":
             self._told.add(reason)
             self._on_event({"kind": "status", "text": f"trials that are runs of their own, and no lanes: {reason}"})
         if kind == "runs" and self._search.scheduler.name == "pbt":

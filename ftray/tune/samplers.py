@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ftray.config.search import OptunaSampler, Parameter, Search
 from ftray.train.seeds import mix
 from ftray.tune.ledger import Trial
-from ftray.tune.space import Parameters, draw, each, finite, grid
+from ftray.tune.space import Parameters, draw, finite, grid, per_sample
 
 _DIFFERENT = 10_000
 """Trials of a space that is gone through without repetition; in a larger one few draws are alike."""
@@ -28,7 +28,7 @@ class RandomSearch:
     miss 12 of them, and train as many again. With `grid` keys at least one trial of each sample is a new one."""
 
     def __init__(self, search: Search) -> None:
-        self._search, self._each = search, each(search)
+        self._search, self._each = search, per_sample(search)
         self._different = finite(search, _DIFFERENT)
         self._drawn: list[Parameters] = []
         self._tried: set[str] = set()

@@ -32,9 +32,8 @@ def draw(search: Search, index: int, attempt: int = 0) -> Parameters:
         if key in combinations[combination]:
             parameters[key] = combinations[combination][key]
         else:
-            random = np.random.default_rng(
-                [search.seed, sample, zlib.crc32(key.encode()), *([attempt] * (attempt > 0))]
-            )
+            seeds = [search.seed, sample, zlib.crc32(key.encode())] + ([attempt] if attempt else [])
+            random = np.random.default_rng(seeds)
             parameters[key] = _value(search.space[key], random)
     return parameters
 
@@ -76,10 +75,10 @@ def how_many(search: Search) -> int:
     """Trials of the whole search."""
     if search.sampler.name == "grid":
         return len(grid(search))
-    return search.samples * each(search)
+    return search.samples * per_sample(search)
 
 
-def each(search: Search) -> int:
+def per_sample(search: Search) -> int:
     """Trials of each sample."""
     return len(_grid_of(search))
 

@@ -180,21 +180,29 @@ def test_a_budget_ends_the_search_and_a_larger_one_goes_on(folder):
     assert max(made(a_search(folder, "budget")).values()) == 1
 
 
-def test_the_driver_is_killed(folder):
-    spec = a_search(folder, "driver", samples=8)
-    (folder / "driver.yaml").write_text(spec.to_yaml())
-    command = [sys.executable, "-m", "tests.ray.curves", str(folder / "driver.yaml")]
+def killed_and_begun_again(spec, results: int, worker: str, *module: str) -> str:
+    """What the command `module` prints that goes on with the search, after the first was killed at so many results;
+    nothing that belonged to it may be left."""
+    file = Path(f"{spec.folder}.yaml")
+    file.write_text(spec.to_yaml())
+    command = [sys.executable, "-m", *module, str(file)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as driver:
-        wait_for(lambda: len(curves_of(spec)) and sum(map(len, curves_of(spec))) > 20)
-        others = processes("ray::Follower", "ray::Curves", below=driver.pid)
+        wait_for(lambda: sum(map(len, curves_of(spec))) >= results)
+        others = processes("ray::Follower", worker, below=driver.pid)
         assert others
         driver.kill()
     assert not psutil.wait_procs(others, timeout=60)[1]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_driver_is_killed(folder):
+    spec = a_search(folder, "driver", samples=8)
+    told = killed_and_begun_again(spec, 21, "ray::Curves", "tests.ray.curves")
     assert curves_of(spec) == [expected(spec, index) for index in range(8)]
     assert sum(n - 1 for n in made(spec).values()) <= 4, "at most what was not recorded, a step of each that ran"
-    assert "best.yaml" in done.stdout
+    assert "best.yaml" in told
 
 
 @pytest.mark.long
@@ -257,16 +265,7 @@ def same_curves(broken, whole) -> None:
 def test_lanes_of_one_base_and_the_driver_is_killed(folder, whole):
     """The command itself, with SIGKILL: nothing that belongs to it is left, and it goes on where it was."""
     spec = two_lanes(folder, "driver-of-lanes")
-    (folder / "lanes.yaml").write_text(spec.to_yaml())
-    command = [sys.executable, "-m", "ftray.cli.main", "tune", str(folder / "lanes.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as driver:
-        wait_for(lambda: sum(map(len, curves_of(spec))) >= 3, 120)
-        others = processes("ray::Follower", "ray::Host", below=driver.pid)
-        assert others
-        driver.kill()
-    assert not psutil.wait_procs(others, timeout=60)[1]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    killed_and_begun_again(spec, 3, "ray::Host", "ftray.cli.main", "tune")
     same_curves(spec, whole)
 
 
