@@ -368,7 +368,7 @@ class Engine:
         try:
             logits = self._logits(row, len(writing))
             self._steps += 1
-            self._prompt_tokens += sum(piece.count for _, piece in reading)
+            self._prompt_tokens += sum(piece.count for sequence, piece in row if not sequence.choice.count)
             self._write(*self._sampled(row, logits), events)
         except Exception as error:  # noqa: BLE001  what one step does to its requests must not end all later ones
             events += self._fail(row, error)
