@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,13 @@ def test_a_jobs_own_folder_is_known(tmp_path, monkeypatch, there):
     runtime_env = {"runtime_env": {"working_dir": "gcs://_ray_pkg_0123.zip"} if there != "no job" else None}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(runtime_env))
     assert in_a_package() is (there in ("package", "below it"))
+
+
+def test_loading_a_base_imports_no_compiler():
+    """bitsandbytes would: a second of a processor, in each process."""
+    told = "print('torch._inductor.compile_fx' in sys.modules, os.environ.get('TORCHDYNAMO_DISABLE'))"
+    code = f"import os, sys, ftray.model.load; {told}"
+    program = [sys.executable, "-c", code]
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["False", "None"]
