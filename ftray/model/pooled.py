@@ -34,7 +34,7 @@ LONG = {"cpu": 64}
 """A segment of this many tokens is a product of its own. Measured: tests/bench/pooled.py."""
 LONG_ELSEWHERE = 32
 """The same on any other device: a guess."""
-LONG_IN_C = 48
+LONG_IN_C = 128
 """The same where `LowRank` multiplies. Measured, as is `faster_in_c`."""
 SPARSE = 3
 """Blocks are copied together when the range that they lie in is more than this many times as many. A copy reads and
@@ -327,9 +327,9 @@ class Route:
 
 def faster_in_c(tokens: Sequence[int]) -> bool:
     """Whether `LowRank` is faster than one batched product for blocks of so many tokens each. It takes its time for
-    each token; the other for each block, and a third as much for each place, of which all blocks have as many as the
-    fullest. Fitted to tests/bench/pooled.py, in the time of a token."""
-    return sum(tokens) <= 30 + len(tokens) * (4 + max(tokens) / 3)
+    each token, and a little for each block; the other takes as much as 40 tokens do here, five for each block, and two
+    thirds of one for each place, of which all blocks have as many as the fullest. Fitted to tests/bench/pooled.py."""
+    return sum(tokens) <= 40 + len(tokens) * (5 + 0.65 * max(tokens))
 
 
 def _entries(kind: Any, tokens_of: dict[int, list[int]]) -> Entries:
