@@ -16,7 +16,7 @@ from ray import serve
 
 from ftray.errors import ConfigError
 from ftray.registry.store import Registry
-from ftray.session import usable_cpus
+from ftray.session import THREADS, usable_cpus
 
 from .api import create_api
 from .catalog import Catalog
@@ -55,7 +55,11 @@ def engine_options(config: ServeConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": replicas.drain_seconds,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 5,
-        "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": _gpus(config)},
+        "ray_actor_options": {
+            "num_cpus": replicas.cpus,
+            "num_gpus": _gpus(config),
+            "runtime_env": {"env_vars": {name: os.environ.get(name, value) for name, value in THREADS.items()}},
+        },
         "request_router_config": {
             "request_router_class": AdapterRouter,
             "request_router_kwargs": {"slots": engine.slots},
