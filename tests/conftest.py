@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("ftray", deadline=None)  # a busy machine is slow, not wrong
-settings.load_profile("ftray")
+_BUSY: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+"""A busy machine is slow, not wrong."""
+settings.register_profile("ftray", **_BUSY, derandomize=True, database=None)
+settings.register_profile("random", **_BUSY, max_examples=1000, print_blob=True)
+settings.load_profile("random" if os.environ.get("FTRAY_RANDOM") else "ftray")
 
 
 _ONE_AFTER_ANOTHER = ("tests/browser/", "tests/ray/")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,12 +96,13 @@ def every_third(*kinds: str) -> Callable[[dict[str, Any]], str | None]:
     return answer
 
 
-def slow(seconds: float, below: str) -> Callable[[dict[str, Any]], str | None]:
-    """What is written to a path that contains `below` takes so long."""
+def waiting(until: threading.Event, below: str) -> Callable[[dict[str, Any]], str | None]:
+    """What is written to a path that contains `below` takes until then, or half a minute: drivers ask again after a
+    whole one."""
 
     def answer(environ: dict[str, Any]) -> str | None:
         if environ["REQUEST_METHOD"] == "PUT" and below in environ["PATH_INFO"]:
-            time.sleep(seconds)
+            until.wait(30)
         return None
 
     return answer

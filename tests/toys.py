@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,14 @@ import torch
 
 from ftray.config import Run, parse_run
 from ftray.data.prepared import Row
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """What another thread does, however long it takes to come to it."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing in {seconds:g} s"
+        time.sleep(0.001)
 
 
 class MemoryRows:

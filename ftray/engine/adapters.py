@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,9 +100,9 @@ class Adapters:
         """Threads that may read, and those that do."""
         self._unread = Unread()
         self._lock = threading.Lock()
-        """Of `_readers`, `_unread` and what has begun."""
+        """Of `_readers`, `_unread`, `_ended` and what has begun."""
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter", initializer=use_one)
-        self._ended: deque[tuple[Held, Adapter | FtrayError]] = deque()
+        self._ended: list[tuple[Held, Adapter | FtrayError]] = []
         self._closing = threading.Event()
         self.memory = 0
         """Bytes in the host's memory."""
@@ -171,8 +170,9 @@ class Adapters:
     def collect(self) -> None:
         """Take in what has been read since. Who lacks a place from now on says so anew."""
         self._leaving = None
-        while self._ended:
-            held, result = self._ended.popleft()
+        with self._lock:
+            ended, self._ended = self._ended, []
+        for held, result in ended:
             if isinstance(result, Adapter):
                 held.adapter, held.nbytes = result, result.nbytes
                 self.memory += held.nbytes
@@ -200,29 +200,31 @@ class Adapters:
 
     def _read_all(self) -> None:
         """Read one after the other until none is left."""
-        while held := self._next():
-            self._read(held)
+        while self._read_next():
+            pass
 
-    def _next(self) -> Held | None:
+    def _read_next(self) -> bool:
         with self._lock:
             held = None if self._closing.is_set() else self._unread.pop()
             if held is None:
                 self._readers -= 1
-            else:
-                held.begun = True
-            return held
+                return False
+            held.begun = True
+        result = self._read(held)
+        with self._lock:  # whoever takes it in finds the caller woken, and the adapter held by nobody else
+            self._ended.append((held, result))
+            del held, result
+            if not self._closing.is_set():
+                self._wake()
+        return True
 
-    def _read(self, held: Held) -> None:
-        result: Adapter | FtrayError
+    def _read(self, held: Held) -> Adapter | FtrayError:
         try:
-            result = self._load(held.ref)
+            return self._load(held.ref)
         except FtrayError as error:
-            result = error
+            return error
         except Exception as error:  # noqa: BLE001  whatever an adapter does costs its own requests alone
-            result = _unusable(held, "cannot be read", error)
-        self._ended.append((held, result))
-        if not self._closing.is_set():
-            self._wake()
+            return _unusable(held, "cannot be read", error)
 
     def _break(self, held: Held, error: FtrayError) -> None:
         """It cannot be used: who waits for it, and who asks for it in the next seconds, gets the error."""

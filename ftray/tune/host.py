@@ -102,7 +102,6 @@ class Host:
         if os.path.isdir(folder):
             os.chdir(folder)
         torch.set_num_threads(max(1, threads))
-        self._lock = threading.Lock()
         self._base: Any = None
         self._shapes: Any = None
         self._first: Need | None = None
@@ -111,7 +110,8 @@ class Host:
         self._guests: dict[str, _Guest] = {}
         self._placed: set[_Guest] = set()
         """Whose lanes have their place in memory; one that leaves has it until it has ended."""
-        self._turn = asyncio.Lock()
+        self._preparing, self._turn = asyncio.Lock(), asyncio.Lock()
+        """One run at a time prepares, one waits for room; whoever joined first is first in both."""
         self._changed = asyncio.Condition()
 
     async def join(
@@ -133,7 +133,8 @@ class Host:
             raise RunError(f"{trial} is here already")
         guest = self._guests[trial] = _Guest(trial, parsed, waits, tells, loop)
         try:
-            data = await asyncio.to_thread(self._prepare, guest, source)
+            async with self._preparing:
+                data = await asyncio.to_thread(self._prepare, guest, source)
             await self._find_place(guest)
             if source is not None:
                 await asyncio.to_thread(self._adopt, parsed, data.digest, source)
@@ -238,7 +239,7 @@ class Host:
         return self._guests[trial]
 
     def _prepare(self, guest: _Guest, source: str | None) -> Any:
-        """On a thread: the rows, the base, what the run takes beside it; one run at a time."""
+        """On a thread: the rows, the base, what the run takes beside it."""
         from ftray.data.prepare import prepare
         from ftray.data.prepared import PreparedData
         from ftray.manifest import join, write_text
@@ -247,16 +248,15 @@ class Host:
         run = guest.run
         if reason := refusal(run):
             raise ConfigError(f"this run cannot share a base with others: {reason}", where=run.name)
-        with self._lock:
-            data = PreparedData.open(prepare(run, guest.emit))
-            if source is None:
-                self._check_commits(run, data.digest)
-            write_text(join(run.folder, "run.yaml"), run.to_yaml())
-            if self._base is None:
-                self._open(run)
-            elif key := difference(run, self._base.run):
-                raise ConfigError(f"this run needs another base than {self._base.run.name}: {key} differs")
-            guest.need = need_of(run, self._shapes)
+        data = PreparedData.open(prepare(run, guest.emit))
+        if source is None:
+            self._check_commits(run, data.digest)
+        write_text(join(run.folder, "run.yaml"), run.to_yaml())
+        if self._base is None:
+            self._open(run)
+        elif key := difference(run, self._base.run):
+            raise ConfigError(f"this run needs another base than {self._base.run.name}: {key} differs")
+        guest.need = need_of(run, self._shapes)
         return data
 
     def _adopt(self, run: Run, digest: str, source: str) -> None:

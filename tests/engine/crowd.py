@@ -14,6 +14,7 @@ from ftray.engine.request import Event, Finished, Logprob, Request, Sampling
 from ftray.model.pooled import Bottleneck, Delta
 from ftray.model.served import Adapter, Base
 from ftray.registry.ref import Ref
+from tests.toys import wait_until
 
 CONTEXT = 128
 GREEDY = Sampling(16, temperature=0, ignore_end=True)
@@ -114,6 +115,17 @@ def run(engine: Engine, *requests: Request, until: Callable[[Log], bool] | None 
         log.take(engine.step())
         assert time.monotonic() < end
     return log
+
+
+def all_read(engine: Engine) -> None:
+    """Wait, without a step, until every adapter that was asked for is read."""
+    wait_until(lambda: not engine.adapters._readers)
+
+
+def load(engine: Engine, base: Base, *kinds: str) -> None:
+    """Have adapters in memory, so that what follows does not depend on how fast they are read."""
+    once = Sampling(1, ignore_end=True)
+    run(engine, *(ask(base, f"loads {kind}", once, kind, "A", "loader") for kind in kinds))
 
 
 def tokens_of(base: Base, text: str) -> tuple[int, ...]:

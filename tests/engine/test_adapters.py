@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +71,7 @@ class Store:
     def load(self, wanted: Ref) -> Adapter:
         self.asked[wanted.name] += 1
         if wanted.name in self.gates:
-            assert self.gates[wanted.name].wait(30)
+            assert self.gates[wanted.name].wait(60)
         result = self.results.get(wanted.name, adapter())
         if isinstance(result, Exception):
             raise result
@@ -77,7 +79,7 @@ class Store:
 
     def wait(self, count: int = 1) -> None:
         for _ in range(count):
-            assert self.arrived.acquire(timeout=10)
+            assert self.arrived.acquire(timeout=60)
 
 
 @pytest.fixture
@@ -155,6 +157,45 @@ def test_the_caller_is_woken_when_one_has_ended(new_adapters, store):
     adapters.want(ref("bad"), "t")
     store.wait(2)
     assert not store.arrived.acquire(timeout=0.05)
+
+
+def test_nothing_is_taken_in_before_the_caller_was_woken(pooled, store):
+    """Or it would be woken once more when all is done."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wake() -> None:
+        reached.set()
+        assert go_on.wait(60)
+
+    adapters = Adapters(pooled, store.load, on_device=1, memory=1 << 20, threads=1, wake=wake)
+    held = adapters.want(ref("a"), "t")
+    assert reached.wait(60)
+    collecting = threading.Thread(target=adapters.collect)
+    collecting.start()
+    collecting.join(0.05)
+    assert not held.settled
+    go_on.set()
+    collecting.join(60)
+    assert held.adapter is not None
+    adapters.close()
+
+
+def test_the_thread_that_has_read_one_keeps_it_no_longer(pooled, store):
+    store.results["a"] = made = adapter()
+    kept, left = weakref.ref(made), []
+    del made
+
+    def wake() -> None:
+        adapters._ended.clear()
+        del store.results["a"]
+        left.append(kept())
+        store.arrived.release()
+
+    adapters = Adapters(pooled, store.load, on_device=1, memory=1 << 20, threads=1, wake=wake)
+    adapters.want(ref("a"), "t")
+    store.wait()
+    adapters.close()
+    assert left == [None]
 
 
 @pytest.mark.parametrize("name", ["known", "unknown"])
@@ -395,7 +436,7 @@ def test_closing_does_not_wait_for_what_nobody_reads_yet(new_adapters, store):
     store.gates["slow"] = gate
     adapters.want(ref("slow"), "t")
     adapters.want(ref("later"), "t")
-    threading.Timer(0.1, gate.set).start()
+    threading.Thread(target=lambda: adapters._closing.wait(60) and gate.set()).start()
     adapters.close()
     assert store.asked["later"] == 0
     assert not store.arrived.acquire(timeout=0.05), "nobody is woken any more"
@@ -510,6 +551,7 @@ class Moves(RuleBasedStateMachine):
             assert self.pools.nbytes == 0
 
 
-def test_whatever_requests_do(pooled):
+def test_whatever_requests_do(pooled, monkeypatch):
+    monkeypatch.setattr(module, "FORGIVEN_AFTER", math.inf)  # however long a move takes
     machine = type("OfBase", (Moves,), {"pools": pooled})
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))

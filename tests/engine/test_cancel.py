@@ -51,7 +51,7 @@ def test_cancelled_in_the_step_that_ends_it(base, engine, monkeypatch):
 
 def test_cancelled_while_its_adapter_is_read(base, engine, adapters):
     gate = threading.Event()
-    adapters.special["slow"] = lambda: gate.wait(30) and adapters.make("slow")
+    adapters.special["slow"] = lambda: gate.wait(60) and adapters.make("slow")
     engine.add(ask(base, "x", GREEDY, "slow"))
     engine.add(ask(base, "y", GREEDY, "slow"))
     log = Log()

@@ -12,7 +12,8 @@ import pytest
 
 from ftray.engine.request import Grammar, Request, Sampling
 from ftray.errors import ArtefactError, RequestError
-from tests.engine.crowd import GREEDY, KINDS, PROMPT, Log, ask, run
+from tests.engine.crowd import GREEDY, KINDS, PROMPT, Log, all_read, ask, run
+from tests.toys import wait_until
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
@@ -45,13 +46,13 @@ def test_an_id_is_one_requests_until_it_has_ended(base, engine):
 
 def test_a_slow_adapter_keeps_nobody(base, engine, adapters):
     gate = threading.Event()
-    adapters.special["slow"] = lambda: gate.wait(30) and adapters.make("slow")
+    adapters.special["slow"] = lambda: gate.wait(60) and adapters.make("slow")
     log = run(engine, ask(base, "x", GREEDY, "slow"), ask(base, "y"), until=lambda log: "y" in log.last)
     assert "x" not in log.last
     engine.step()
     assert not engine.wait(0.05), "nothing to do until it is there"
     threading.Timer(0.05, gate.set).start()
-    assert engine.wait(10)
+    assert engine.wait(60)
     run(engine, log=log)
     assert len(log.tokens["x"]) == 16
 
@@ -63,7 +64,10 @@ def test_one_that_is_replaced_finishes_what_it_has_begun(base, new_engine, adapt
     assert old != new
     assert len(adapters.asked) == 2
     log = run(engine, ask(base, "old", GREEDY, "lora@one"), until=lambda log: len(log.tokens["old"]) > 4)
-    run(engine, ask(base, "new", GREEDY, "lora@second"), until=lambda log: len(log.tokens["new"]) > 2, log=log)
+    engine.add(ask(base, "new", GREEDY, "lora@second"))
+    log.take(engine.step())
+    all_read(engine)  # or the old one might come to its end meanwhile
+    run(engine, until=lambda log: len(log.tokens["new"]) > 2, log=log)
     assert {ref.digest for ref in engine.stats().resident} == {"lora@one", "lora@second"}
     run(engine, log=log)
     assert (log.tokens["old"], log.tokens["new"]) == (old, new)
@@ -118,27 +122,28 @@ def test_two_threads_add_and_cancel_while_one_steps(base, new_engine):
 
 def test_waiting_ends_when_there_is_something_to_do(base, engine, adapters):
     gate = threading.Event()
-    adapters.special["slow"] = lambda: gate.wait(30) and adapters.make("slow")
+    adapters.special["slow"] = lambda: gate.wait(60) and adapters.make("slow")
     engine.step()
     before = time.monotonic()
     assert not engine.wait(0.1)
     assert time.monotonic() - before > 0.09
     threading.Timer(0.05, lambda: engine.add(ask(base, "x", GREEDY, "slow"))).start()
-    assert engine.wait(10)
+    assert engine.wait(60)
     engine.step()
+    wait_until(lambda: adapters.asked)
     assert not engine.wait(0.05), "its adapter is not there"
     threading.Timer(0.05, lambda: engine.cancel("x")).start()
-    assert engine.wait(10)
+    assert engine.wait(60)
     assert [event.id for event in engine.step()] == ["x"]
     gate.set()
-    assert engine.wait(10), "the adapter has come"
+    assert engine.wait(60), "the adapter has come"
 
 
 def test_it_is_awake_for_as_long_as_something_runs(base, engine):
     log = Log()
     engine.add(ask(base, "x", GREEDY, "prompt"))
     while engine.in_flight():
-        assert engine.wait(10)
+        assert engine.wait(60)
         log.take(engine.step())
     engine.step()
     assert not engine.wait(0)

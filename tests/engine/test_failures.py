@@ -10,7 +10,7 @@ from ftray.engine.engine import Engine
 from ftray.errors import ArtefactError, FtrayError, RunError
 from ftray.model.pooled import Delta
 from ftray.model.served import Adapter, Base
-from tests.engine.crowd import GREEDY, KINDS, PROMPT, ask, run
+from tests.engine.crowd import GREEDY, KINDS, PROMPT, ask, load, run
 
 
 def answers(engine: Engine, base: Base, prompts: Iterable[str] = ("A", PROMPT), kind: str = "") -> list[list[int]]:
@@ -59,6 +59,7 @@ def test_nan_of_one_that_was_cancelled_reaches_nobody_either(base, new_engine, a
 def test_a_step_that_fails_costs_the_requests_that_were_in_it(base, new_engine, monkeypatch):
     engine = new_engine(slots=2)
     expected = answers(engine, base)
+    load(engine, base, KINDS[1])
     log = run(
         engine, *(ask(base, f"x{i}", GREEDY, KINDS[i]) for i in range(2)), until=lambda log: len(log.tokens["x0"]) > 2
     )

@@ -8,7 +8,7 @@ import pytest
 
 from ftray.engine.request import Grammar, Sampling
 from ftray.errors import QueueFull, RequestError
-from tests.engine.crowd import GREEDY, KINDS, PROMPT, Log, ask, run
+from tests.engine.crowd import GREEDY, KINDS, PROMPT, Log, all_read, ask, load, run
 
 
 def test_queues_are_bounded(base, new_engine):
@@ -81,6 +81,7 @@ def test_a_tenant_holds_no_more_slots_than_it_may_while_others_wait(base, new_en
 
 def test_while_a_long_prompt_is_read_the_others_write_a_token_every_step(base, new_engine):
     engine = new_engine(slots=6, step_tokens=12, prompt_tokens=40)
+    load(engine, base, *KINDS[:4])
     lines = [ask(base, f"w{i}", Sampling(60, temperature=0, ignore_end=True), KINDS[i], "A") for i in range(4)]
     log = run(engine, *lines, until=lambda log: all(len(log.tokens[line.id]) > 1 for line in lines))
     long = ask(base, "long", GREEDY, "lora", PROMPT * 4)
@@ -108,21 +109,27 @@ def test_while_nothing_is_written_more_is_read_at_once(base, new_engine):
 # ------------------------------------------------------------------------------------------------------------- adapters
 
 
-def test_who_asks_for_a_thousand_adapters_and_hangs_up_keeps_nobody_waiting(base, new_engine, adapters):
-    engine, gate = new_engine(queue=1200, tenant_queue=1200), threading.Event()
+def test_who_asks_for_a_thousand_adapters_and_hangs_up_keeps_nobody_waiting(base, new_engine, adapters, monkeypatch):
+    engine, gate, hung_up = new_engine(queue=1200, tenant_queue=1200), threading.Event(), threading.Event()
+    unread, begun = engine.adapters._unread, []
+    pop = unread.pop
+    monkeypatch.setattr(unread, "pop", lambda: begun.append(held := pop()) or held)  # under the lock: as they begin
     for i in range(1000):
-        adapters.special[f"lora-{i}"] = lambda: gate.wait(30) and adapters.make("lora")
+        opens = gate if i < 100 else hung_up
+        adapters.special[f"lora-{i}"] = lambda opens=opens: opens.wait(60) and adapters.make("lora")
         engine.add(ask(base, f"flood{i}", GREEDY, f"lora-{i}", tenant="flood"))
     log = Log()
     log.take(engine.step())
     engine.add(ask(base, "few", GREEDY, "lora-two", tenant="few"))
     log.take(engine.step())
-    threading.Timer(0.05, gate.set).start()
+    gate.set()
     run(engine, until=lambda log: "few" in log.last, log=log)
-    assert adapters.asked.index("lora-two") <= 3, "those that were being read, and one more"
+    assert [held.ref.name for held in begun if held].index("lora-two") <= 3, "those that were being read, and one more"
     for i in range(1000):
         engine.cancel(f"flood{i}")
     log.take(engine.step())
+    hung_up.set()
+    all_read(engine)
     asked = len(adapters.asked)
     run(engine, ask(base, "last", GREEDY, "lora-new", tenant="few"), log=log)
     assert adapters.asked[asked:] == ["lora-new"]
@@ -134,6 +141,7 @@ def test_who_asks_for_a_thousand_adapters_and_hangs_up_keeps_nobody_waiting(base
 def test_steady_use_of_the_adapters_on_the_device_does_not_keep_another_from_it(base, new_engine, tenant, places):
     engine = new_engine(slots=4 * places, adapters=places)
     names, log, added = ["lora", "lora-two"][:places], Log(), 0
+    load(engine, base, "lora-third", *names)
     while "x" not in log.last:
         while engine.in_flight() < 12 * places:
             short = Sampling(3 + added % 5, ignore_end=True)  # they do not all end in one step

@@ -17,8 +17,8 @@ from tests.ray.runs import steps_of, tensors, write_run
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-def fit(file, on_event=lambda _event: None, stop=None):
-    return train(load_run(file), on_event=on_event, stop=stop or threading.Event())
+def fit(file, on_event=lambda _event: None, stop=None, released=None):
+    return train(load_run(file), on_event=on_event, stop=stop or threading.Event(), released=released)
 
 
 def losses(folder):
@@ -32,11 +32,11 @@ def assert_close(mine, theirs, relative):
 
 def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
     """Two workers → one → two: the same rows, the same losses as with two alone."""
-    # slow enough that a stop comes in time
-    slow = {"train__steps": 36, "train__micro_batch_rows": 1, "train__learning_rate": 5e-4}
+    slow = {"train__steps": 36, "train__micro_batch_rows": 1, "train__learning_rate": 5e-4, "train__evaluate_every": 12}
     fit(write_run(tmp_path, "two", **slow))
 
-    for until, count in ((5, 2), (24, 1), (None, 2)):
+    # a stop that has not come by then is waited for after the next evaluation
+    for until, passes, count in ((5, 0, 2), (14, 12, 1), (None, None, 2)):
         stop = threading.Event()
 
         def on_event(event, until=until, stop=stop):
@@ -46,7 +46,7 @@ def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
         file = write_run(tmp_path, "changing", workers__count=count, **slow)
         if until:
             with pytest.raises(RunStopped):
-                fit(file, on_event, stop)
+                fit(file, on_event, stop, lambda passes=passes: passes)
         else:
             fit(file, on_event, stop)
     assert_close(losses(tmp_path / "changing"), losses(tmp_path / "two"), 1e-3)

@@ -21,7 +21,7 @@ from ftray.train import commits
 from ftray.train.doctor import examine
 from ftray.train.loop import train_worker
 from ftray.train.world import World
-from tests.toys import MemoryData, Recorder, random_rows, toy_run
+from tests.toys import MemoryData, Recorder, random_rows, toy_run, wait_until
 from tests.unit.test_data_remote import prepare_here
 
 pytestmark = [pytest.mark.root, pytest.mark.faults]
@@ -54,15 +54,16 @@ def fill(disk: Path, left: int) -> Path:
 
 
 class Filling(Recorder):
-    """Fills the disk after a step."""
+    """Fills the disk of a run after a step, once a commit counts, which is written meanwhile."""
 
-    def __init__(self, disk: Path, step: int, left: int) -> None:
+    def __init__(self, disk: Path, step: int, left: int, commit: str) -> None:
         super().__init__()
-        self.disk, self.step, self.left = disk, step, left
+        self.disk, self.step, self.left, self.commit = disk, step, left, commit
 
     def emit(self, event):
         super().emit(event)
         if event["kind"] == "step" and event["step"] == self.step:
+            wait_until(lambda: commits.counts(self.commit))
             fill(self.disk, self.left)
 
 
@@ -72,11 +73,12 @@ def test_while_committing(disk, tmp_path, left):
         return train_worker(toy_run(folder, *STEPS), MemoryData(random_rows(64)), World(), channel)  # type: ignore[arg-type]
 
     trained(tmp_path / "unbroken", Recorder())
+    second = commits.place_of(str(disk / "run"), 2)
     with pytest.raises(RunError, match="no space is left") as raised:
-        trained(disk / "run", Filling(disk, 3, left))
+        trained(disk / "run", Filling(disk, 3, left, second))
     assert str(disk) in (raised.value.where or "")
     assert "goes on" in (raised.value.hint or "")
-    assert verify(commits.place_of(str(disk / "run"), 2)), "the older commit is whole"
+    assert verify(second), "the older commit is whole"
     (disk / "ballast").unlink()
     assert not list((disk / "run/commits").glob(".*.part")), "what could not be written leaves its room"
     assert examine(str(disk / "run")).goes_on_from == 2

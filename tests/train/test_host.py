@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,36 @@ def test_a_lane_waits_until_there_is_room_and_says_so(tmp_path, room_for_two):
         for trial in "abc":
             await host.leave(trial)
         assert await host.load() == {"lanes": 0, "room": 2}
+
+    asyncio.run(play())
+
+
+def test_first_come_is_first_prepared_and_first_in_the_queue_for_room(tmp_path, room_for_two, monkeypatch):
+    """Also when it is slower on the way there."""
+    from ftray.train import sharing
+
+    refusal, wide = sharing.refusal, {str(number): short(tmp_path, number, "method.rank=16") for number in (2, 3)}
+
+    def slowly(run: Run) -> str | None:
+        if run.folder == wide["2"].folder:
+            time.sleep(0.3)
+        return refusal(run)
+
+    monkeypatch.setattr(sharing, "refusal", slowly)
+
+    async def play() -> None:
+        host = Host(1)
+        held = short(tmp_path, 1, "train.evaluate_every=2", "data.held_out_fraction=0.1")
+        await host.join("1", held.dump(), waits=True)
+        await host.next("1")
+        joins = [asyncio.ensure_future(host.join(n, run.dump(), waits=False, tells=True)) for n, run in wide.items()]
+        while not any((told := {name: await host.events(name) for name in wide}).values()):
+            await asyncio.sleep(0.01)
+        assert [name for name, events in told.items() if events] == ["2"]
+        for name in wide:
+            await host.stop(name)
+        assert all(isinstance(end, RunStopped) for end in await asyncio.gather(*joins, return_exceptions=True))
+        await host.leave("1")
 
     asyncio.run(play())
 

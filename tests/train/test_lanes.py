@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ftray.train.lanes import Base
 from ftray.train.loop import train_worker
 from ftray.train.sharing import difference, refusal
 from ftray.train.world import World
-from tests.toys import MemoryData, Recorder, random_rows, toy_run
+from tests.toys import MemoryData, Recorder, random_rows, toy_run, wait_until
 
 ROWS, HELD_OUT = random_rows(64, longest=24), random_rows(8, seed=1, longest=24)
 FP32 = "train.precision=fp32"
@@ -137,29 +138,38 @@ def test_how_lanes_are_put_through_the_base_changes_nothing(tmp_path, how):
 
 
 class At(Recorder):
-    """Does something once, after a step."""
+    """Does something after some steps."""
 
-    def __init__(self, step: int, work) -> None:
+    def __init__(self, work: dict[int, Callable[[], None]]) -> None:
         super().__init__()
-        self._step, self._work = step, work
+        self._work = work
 
     def emit(self, event: dict[str, Any]) -> None:
         super().emit(event)
-        if event["kind"] == "step" and event["step"] == self._step:
-            self._work()
+        if event["kind"] == "step" and event["step"] in self._work:
+            self._work[event["step"]]()
 
 
 def test_lanes_join_and_leave_without_a_trace(tmp_path):
     stays, leaves, joins = (run_of(tmp_path, i, "train.steps=30", "method.rank=4") for i in range(3))
     lanes = Together(stays)
-    late = Recorder()
+    late, expelled = Recorder(), threading.Event()
 
     def change() -> None:
+        wait_until(lambda: gone.losses)
         lanes.base.expel("leaves")
+        expelled.set()
         lanes.start("joins", joins, late)
 
-    lanes.start("leaves", leaves, gone := Recorder())
-    lanes.start("stays", stays, channel := At(10, change))
+    def until_both_are_here() -> None:
+        wait_until(lambda: "stays" in lanes.base.lanes)
+
+    def until_expelled() -> None:  # or it might come to its end before
+        assert expelled.wait(60)
+
+    gone, channel = At({1: until_both_are_here, 20: until_expelled}), At({10: change})
+    lanes.start("leaves", leaves, gone)
+    lanes.start("stays", stays, channel)
     lanes.end()
     assert isinstance(lanes.errors.pop("leaves"), LaneEnded)
     assert not lanes.errors

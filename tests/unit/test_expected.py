@@ -71,14 +71,14 @@ def test_patterns_that_people_write(pattern):
     ],
 )
 def test_patterns_that_could_take_for_ever_or_are_none(pattern):
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(ValueError, match=re.escape(repr(pattern)[:20])):
         refuse_slow_patterns([pattern])
     with pytest.raises(ArtefactError, match="rank_pattern"):
         read_settings(lora_config() | {"rank_pattern": {pattern: 2}})
     with pytest.raises(ArtefactError, match="alpha_pattern"):
         read_settings(lora_config() | {"alpha_pattern": {pattern: 2.0}})
-    assert time.monotonic() - started < 0.5
+    assert time.thread_time() - started < 1.5
 
 
 def test_the_worst_that_is_allowed_is_quick():
@@ -91,13 +91,13 @@ def test_the_worst_that_is_allowed_is_quick():
         "model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 80,
         "intermediate_size": 24, "vocab_size": 32,
     })  # fmt: skip
-    started = time.monotonic()
+    started = time.thread_time()
     expected_tensors(lora_config() | {"rank_pattern": dict.fromkeys(worst, 3)}, wide)
-    assert time.monotonic() - started < 2
+    assert time.thread_time() - started < 6
     literal = {f"layers.{i}.nothing": 3 for i in range(1024)}
-    started = time.monotonic()
+    started = time.thread_time()
     expected_tensors(lora_config() | {"rank_pattern": literal}, wide)
-    assert time.monotonic() - started < 3
+    assert time.thread_time() - started < 9
     with pytest.raises(ArtefactError, match="1,024"):
         expected_tensors(lora_config() | {"rank_pattern": literal | {"more": 3}}, SHAPES)
 
