@@ -21,7 +21,10 @@ from ftray.evaluate.worker import Done, Worker
 from ftray.session import cause_of
 
 _AT_ONCE = 256
-"""Rows or prompts that a worker takes at a time: a few passes of it."""
+"""Rows or prompts that a worker takes at a time, at least: a few passes of it."""
+_PARTS = 8
+"""Of a worker's share, where there is more than that: each part ends with passes that are not full, and with the last
+ones somebody waits for the others."""
 _RESTARTS = 3
 
 
@@ -134,7 +137,8 @@ class Crew:
         """(places, what was asked of them), as workers get done with them."""
         import ray
 
-        size = max(1, min(_AT_ONCE, -(-len(order) // len(self._actors))))
+        most = -(-len(order) // len(self._actors))
+        size = max(1, min(max(_AT_ONCE, -(-most // _PARTS)), most))
         left = [list(order[start : start + size]) for start in range(0, len(order), size)][::-1]
         free, count = list(self._here), 0
         running: dict[Any, tuple[Any, list[int]]] = {}

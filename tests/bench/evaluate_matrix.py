@@ -1,14 +1,15 @@
 """25 adapters × 25 tasks: every adapter's loss and answers on every task, in one pass of one base, and with PEFT.
 
     python tests/bench/evaluate_matrix.py [--tasks 25] [--rows 160] [--steps 60] [--questions 16] [--tokens 8]
-        [--batch 32] [--by-task] [--share 1.0] [--rounds 1] [--folder DIR]
+        [--batch 32] [--by-task] [--share 1.0] [--rounds 1] [--workers 0] [--folder DIR]
 
 15 bAbI tasks and 10 domains of CLINC150 (FTRAY_DATA), few short rows of each, become 25 run files; `ftray train A B …`
 trains them as lanes of the embedded base, a LoRA adapter of rank 8 on every linear layer each. Then the matrix of
 `ftray evaluate --matrix`, the base as its first row, in this process; and the same losses and answers with PEFT,
 adapter by adapter: `load_adapter`, `set_adapter`, greedy `generate` and forward passes over padded batches of rows of
 like length, whatever their task (`--by-task`: each task's own rows). Both sides load the base in that time, and
-neither its libraries. `--share` of the adapters is timed with PEFT, and its time scaled.
+neither its libraries; with `--workers` of ours, as `ftray evaluate --workers` has them, Ray's and their start counts,
+libraries included. `--share` of the adapters is timed with PEFT, and its time scaled.
 
 Printed are the seconds of both and their ratio, the matrix' diagonal against the rest, and how far the sides differ.
 Adapters that are in DIR already are trained no more.
@@ -26,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,20 @@ def train(files: Sequence[Path]) -> None:
 # --------------------------------------------------------------------------------------------------------------- sides
 
 
+def matrix_of_ours(systems: Sequence[System], columns: Sequence[Column], workers: int) -> tuple[Matrix, float]:
+    """(the matrix, seconds)"""
+    began = time.perf_counter()
+    if not workers:
+        matrix = cross(systems, columns, lambda event: None)
+    else:
+        from ftray.evaluate.crew import Crew
+        from ftray.session import ray_session
+
+        with ray_session():
+            matrix = cross(systems, columns, lambda event: None, partial(Crew, count=workers))
+    return matrix, time.perf_counter() - began
+
+
 def with_peft(systems: Sequence[System], columns: Sequence[Column], rows: int, by_task: bool, share: float) -> Matrix:
     """The same matrix, its seconds scaled to all systems; rows of systems that were left out are NaN."""
     from peft import PeftModel
@@ -220,6 +236,7 @@ def main() -> None:
     parser.add_argument("--by-task", action="store_true")
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="of ours, on Ray; 0: this process")
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -241,11 +258,11 @@ def measure(systems: list[System], arguments: argparse.Namespace) -> None:
     ]
     ratios = []
     for _ in range(arguments.rounds):
-        ours = cross(systems, columns, lambda event: None)
+        ours, seconds = matrix_of_ours(systems, columns, arguments.workers)
         theirs = with_peft(systems, columns, arguments.batch, arguments.by_task, arguments.share)
-        ratios.append(theirs.seconds / ours.seconds)
+        ratios.append(theirs.seconds / seconds)
         print(
-            f"engine {ours.seconds:.1f} s, PEFT {theirs.seconds:.1f} s: {ratios[-1]:.1f} times as fast",
+            f"engine {seconds:.1f} s, PEFT {theirs.seconds:.1f} s: {ratios[-1]:.1f} times as fast",
             flush=True,
         )
     cells = f"{len(ours.systems)} × {len(columns)} cells of {len(columns[0].rows)} questions"
