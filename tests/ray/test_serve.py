@@ -320,7 +320,7 @@ def test_one_replica_dies_and_the_other_goes_on(two: Served) -> None:
     texts: dict[str, list[str]] = {}
 
     def ask(name: str) -> None:
-        body = LONG | {"model": name, "stream": True, "max_tokens": 400}
+        body = LONG | {"model": name, "stream": True, "max_tokens": 800}
         events = texts[name] = []
         with httpx.stream("POST", f"{two.url}/v1/completions", json=body, timeout=120) as answer:
             for line in answer.iter_lines():
