@@ -19,6 +19,10 @@ from ftray.engine.request import Request
 class AdapterRouter(RequestRouter):
     """Of Ray Serve's handles to the engine; runs inside the ingress."""
 
+    queue_len_response_deadline_s = 2.0
+    """How long a replica of which nothing is known may take to tell its load; then another is asked. Ray's tenth of a
+    second is little on a busy machine: the other would read the adapter too. Of one that has died Ray hears sooner."""
+
     def initialize_state(self, slots: int = 32, **kwargs: Any) -> None:
         """`slots`: requests that a replica answers at once; one that has more is busy."""
         self._slots = slots

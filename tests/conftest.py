@@ -25,6 +25,15 @@ _BUT = "tests/ray/test_zero.py"
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("long") and not os.environ.get("FTRAY_LONG"):
         pytest.skip("many minutes: FTRAY_LONG=1 runs it")
+    compute_alone()
+
+
+def compute_alone() -> None:
+    """One thread adds in one order: results are compared bit for bit. And a machine runs several tests at once. Before
+    each test and its fixtures: what an earlier one has set does not count."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,14 +47,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "processes" if together else super()._split_scope(nodeid)
 
     return Sides(config, log)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """One thread adds in one order: results are compared bit for bit. And a machine runs several tests at once."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

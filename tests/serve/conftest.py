@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import closing, contextmanager
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -32,10 +33,13 @@ from serve.prompts import Prompts
 from serve.replica import Bridge, Shelf, make_base
 from serve.tenants import Tenants, hash_of
 from serve.wire import Reply
+from tests.clocks import skip
 from tests.toys import MemoryData, Recorder, cheese_rows, toy_run
 
 ADMIN_KEY = "the admin's"
 KEYS = {"acme": "acme's key", "other": "other's key", "poor": "poor's key"}
+HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+"""For any server, one connection a request."""
 
 
 def train_adapter(folder: Path, *, steps: int, rate: str = "1e-2", method: str = "{name: lora, rank: 8}") -> Path:
@@ -125,6 +129,20 @@ class Running:
         """Call `do` in the server's loop."""
         self._loop.call_soon_threadsafe(do)
 
+    def skip(self, seconds: float) -> None:
+        """Let so much time pass in the server's loop, at once."""
+        self.call(lambda: skip(self._loop, seconds))
+
+    def slow_down(self, seconds: float = 0.01) -> None:
+        """Each step of the engine takes so much longer: an answer in the making lasts until it has been looked at."""
+        step = self.engine.step
+
+        def slowly() -> list[Event]:
+            time.sleep(seconds)
+            return step()
+
+        self.engine.step = slowly  # type: ignore[method-assign]
+
 
 @contextmanager
 def serving(config: ServeConfig, engine: tuple[Engine, Shelf]) -> Iterator[Running]:
@@ -142,13 +160,15 @@ def serving(config: ServeConfig, engine: tuple[Engine, Shelf]) -> Iterator[Runni
         cores=2,
     )
     loop, began, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
-    port = free_port()
+    listen = Listen(port=1).model_copy(update={"port": 0})  # the system chooses one
+    ports: list[int] = []
 
     async def main() -> None:
         watching = asyncio.create_task(endpoint.watch())
         while endpoint.context is None:
             await asyncio.sleep(0.01)
-        listener = Listener(create_api(endpoint, echo_ids=True), Listen(port=port), drain_seconds=1)
+        listener = Listener(create_api(endpoint, echo_ids=True), listen, drain_seconds=1)
+        ports.append(listener._socket.getsockname()[1])
         began.set()
         await stop.wait()
         await listener.close()
@@ -156,18 +176,13 @@ def serving(config: ServeConfig, engine: tuple[Engine, Shelf]) -> Iterator[Runni
 
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
     thread.start()
-    assert began.wait(30)
+    assert began.wait(60)
     try:
-        yield Running(f"http://127.0.0.1:{port}", endpoint, replicas, loop)
+        yield Running(f"http://127.0.0.1:{ports[0]}", endpoint, replicas, loop)
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
+        thread.join(60)
         bridge.close()
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as found:
-        return found.getsockname()[1]
 
 
 def config_of(registry: Registry | None, **more: Any) -> ServeConfig:
@@ -177,6 +192,7 @@ def config_of(registry: Registry | None, **more: Any) -> ServeConfig:
         "quantization": "none",
         "registry": registry.uri if registry else None,
         "engine": {"slots": 4, "queue": 8},
+        "replicas": {"threads": 1},
         "refresh_seconds": 0.05,
         "admin_key_sha256": hash_of(ADMIN_KEY),
     }
@@ -236,6 +252,15 @@ def closed_endpoint(registry: Registry, base: Any, tmp_path: Path, tenants_file:
     config = config_of(registry, cache={"folder": str(tmp_path / "cache")}, tenants=str(tenants_file))
     with serving(config, make_engine(config, base)) as running:
         yield running
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def idle(engine: Engine) -> bool:

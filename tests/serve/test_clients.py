@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import subprocess
+import threading
 from typing import Any
 
 import openai
@@ -244,9 +245,16 @@ def test_what_the_client_makes_of_errors(open_endpoint: Running) -> None:
     )
 
 
-def test_a_busy_endpoint_is_tried_again(open_endpoint: Running) -> None:
+def test_a_busy_endpoint_is_tried_again(open_endpoint: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """4 slots and 8 waiting: of 20 at once, those refused come back after Retry-After, as the package does itself."""
     refused: list[openai.RateLimitError] = []
+    full, step = threading.Event(), open_endpoint.engine.step
+
+    def held() -> Any:
+        full.wait(60)  # nothing ends before one was too many
+        return step()
+
+    monkeypatch.setattr(open_endpoint.engine, "step", held)
 
     async def ask(client: AsyncOpenAI, i: int) -> int:
         try:
@@ -255,6 +263,7 @@ def test_a_busy_endpoint_is_tried_again(open_endpoint: Running) -> None:
             )
         except openai.RateLimitError as error:
             refused.append(error)
+            full.set()
             return 0
         assert answer.usage is not None
         return answer.usage.completion_tokens

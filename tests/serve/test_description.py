@@ -8,14 +8,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.serve.conftest import ADMIN_KEY, Running, idle
+from tests.serve.conftest import ADMIN_KEY, HTTP, Running, idle
 
 
 def test_it_describes_every_route_and_both_bodies(shared: Running) -> None:
-    found = httpx.get(f"{shared.url}/openapi.json").json()
+    found = HTTP.get(f"{shared.url}/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz", "/metrics"} <= set(
         found["paths"]
     )
@@ -50,7 +49,7 @@ def test_no_server_error_in_generated_requests(
     root = Path(__file__).parents[2]
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "tests.serve.schemathesis_hooks", "PYTHONPATH": str(root)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500, cwd=tmp_path, env=environment)
-    page = httpx.get(f"{open_endpoint.url}/metrics").text
+    page = HTTP.get(f"{open_endpoint.url}/metrics").text
     statuses: Counter[str] = Counter()
     for line in page.splitlines():
         if line.startswith("ftray_requests_total{"):

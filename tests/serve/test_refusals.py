@@ -14,8 +14,9 @@ import openai
 import psutil
 import pytest
 
+from serve.limits import Quotas
 from serve.tenants import hash_of
-from tests.serve.conftest import ADMIN_KEY, KEYS, TENANTS, Running, idle
+from tests.serve.conftest import ADMIN_KEY, HTTP, KEYS, TENANTS, Running, eventually, idle
 
 CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 
@@ -23,7 +24,7 @@ CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content"
 def post(running: Running, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"content-type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-    return httpx.post(running.url + path, content=content, headers=sent, timeout=60)
+    return HTTP.post(running.url + path, content=content, headers=sent)
 
 
 def is_refusal(answer: httpx.Response) -> bool:
@@ -133,10 +134,10 @@ def test_near_names_are_told(shared: Running) -> None:
 
 def test_routes_that_are_not_there_and_methods_that_do_not_fit(shared: Running) -> None:
     for path, status in (("/v1/none", 404), ("/v1/embeddings", 404), ("/v1//chat", 404), ("/../etc/passwd", 404)):
-        answer = httpx.get(shared.url + path)
+        answer = HTTP.get(shared.url + path)
         assert answer.status_code == status
         assert is_refusal(answer)
-    answer = httpx.get(shared.url + "/v1/chat/completions")
+    answer = HTTP.get(shared.url + "/v1/chat/completions")
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
     assert is_refusal(answer)
@@ -153,7 +154,7 @@ def test_bodies_are_bounded_before_they_are_read(shared: Running) -> None:
             yield b" " * 1000
 
     kind = {"content-type": "application/json"}
-    answer = httpx.post(f"{shared.url}/v1/completions", content=forever(), headers=kind)  # its length is not told
+    answer = HTTP.post(f"{shared.url}/v1/completions", content=forever(), headers=kind)  # its length is not told
     assert answer.status_code == 413
     inside = b" " * (most - 200) + json.dumps(CHAT).encode()
     assert post(shared, inside).status_code == 200
@@ -179,13 +180,16 @@ def test_2000_bad_requests_and_500_unknown_adapters_leave_nothing_behind(open_en
             answer = http.post(f"{open_endpoint.url}/v1/chat/completions", json={**CHAT, "model": name})
             assert answer.status_code == 404
 
-    with httpx.Client(headers={"content-type": "application/json"}) as http:
+    with httpx.Client(headers={"content-type": "application/json"}, timeout=60) as http:
         bad(500, http)
         unknown(100, http)
-        memory = process.memory_info().rss
-        bad(1500, http)
-        unknown(400, http)
-    assert process.memory_info().rss - memory < 32 << 20
+        for _ in range(3):  # the process is not ours alone: what they leave behind grows every time
+            memory = process.memory_info().rss
+            bad(1500, http)
+            unknown(400, http)
+            if (grown := process.memory_info().rss - memory) < 32 << 20:
+                break
+    assert grown < 32 << 20
     after = open_endpoint.engine.stats()
     assert after.resident == before.resident
     assert (after.adapter_loads, after.adapter_evictions) == (before.adapter_loads, before.adapter_evictions)
@@ -202,7 +206,7 @@ def test_without_a_key_or_with_a_wrong_one(closed_endpoint: Running) -> None:
         {"authorization": KEYS["acme"]},
         {"authorization": "Bearer"},
     ):
-        models = httpx.get(f"{closed_endpoint.url}/v1/models", headers=headers)
+        models = HTTP.get(f"{closed_endpoint.url}/v1/models", headers=headers)
         for answer in (models, post(closed_endpoint, CHAT, **headers)):
             assert answer.status_code == 401
             assert is_refusal(answer)
@@ -268,37 +272,31 @@ def test_keys_are_rotated_without_a_restart(closed_endpoint: Running, tenants_fi
         own = "".join(f"{{sha256: {hash_of(k)}{f', not_after: {t.isoformat()}' if t else ''}}}, " for k, t in keys)
         tenants_file.write_text(text.replace(f"{{sha256: {hash_of(KEYS['acme'])}}}", own))
 
-    def eventually(key: str, wanted: int) -> bool:
-        import time
-
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            if status(key) == wanted:
-                return True
-            time.sleep(0.05)
-        return False
+    def broken() -> bool:
+        assert status("new key") == 200
+        return "tenants" in HTTP.get(f"{closed_endpoint.url}/readyz").json()
 
     assert status(KEYS["acme"]) == 200
     now = datetime.now(UTC)
     write((KEYS["acme"], now + timedelta(hours=1)), ("new key", None))
-    assert eventually("new key", 200)
+    assert eventually(lambda: status("new key") == 200)
     assert status(KEYS["acme"]) == 200
     write((KEYS["acme"], now - timedelta(seconds=1)), ("new key", None))
-    assert eventually(KEYS["acme"], 401)
+    assert eventually(lambda: status(KEYS["acme"]) == 401)
     assert status("new key") == 200
     tenants_file.write_text("tenants: {broken")
-    assert status("new key") == 200
-    ready = httpx.get(f"{closed_endpoint.url}/readyz").json()
+    assert eventually(broken)
+    ready = HTTP.get(f"{closed_endpoint.url}/readyz").json()
     assert "the last good ones" in ready["tenants"]
 
 
 def test_limits_of_one_tenant_are_not_anothers(closed_endpoint: Running) -> None:
-    with httpx.Client(headers={"authorization": f"Bearer {KEYS['poor']}"}) as poor:
+    closed_endpoint.endpoint.quotas = Quotas(clock=lambda: 0.0)  # what is spent does not come back
+    with httpx.Client(headers={"authorization": f"Bearer {KEYS['poor']}"}, timeout=60) as poor:
         url, unknown = f"{closed_endpoint.url}/v1/chat/completions", {**CHAT, "model": "none"}
         answers = [poor.post(url, json=unknown) for _ in range(70)]
-    refused = [a for a in answers if a.status_code == 429]
-    assert {a.status_code for a in answers} == {404, 429}
-    assert 5 <= len(refused) <= 12
+    assert [a.status_code for a in answers] == [404] * 60 + [429] * 10
+    refused = answers[60:]
     assert all(int(a.headers["retry-after"]) >= 1 for a in refused)
     assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
     assert post(closed_endpoint, CHAT, authorization=f"Bearer {KEYS['acme']}").status_code == 200
@@ -327,10 +325,10 @@ def test_concurrency_counts_choices_and_comes_back(closed_endpoint: Running) -> 
 )
 def test_without_keys_only_this_machine_is_answered(shared: Running, headers: dict[str, str]) -> None:
     """A page elsewhere that has its name lead to 127.0.0.1 is not this machine, nor is what a proxy passes on."""
-    answer = httpx.post(f"{shared.url}/v1/chat/completions", json=CHAT, headers=headers)
+    answer = HTTP.post(f"{shared.url}/v1/chat/completions", json=CHAT, headers=headers)
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "loopback_only"
-    assert httpx.get(f"{shared.url}/", headers=headers).status_code == 403
+    assert HTTP.get(f"{shared.url}/", headers=headers).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -350,27 +348,27 @@ def test_without_keys_only_this_machine_is_answered(shared: Running, headers: di
 def test_without_keys_no_page_from_elsewhere_is_answered(shared: Running, headers: dict[str, str]) -> None:
     """It could not read the answer, and would have it computed."""
     written = shared.engine.stats().written_tokens
-    answer = httpx.post(f"{shared.url}/v1/chat/completions", json=CHAT, headers=headers)
+    answer = HTTP.post(f"{shared.url}/v1/chat/completions", json=CHAT, headers=headers)
     assert answer.status_code == 403
     assert is_refusal(answer)
-    assert httpx.get(f"{shared.url}/v1/models", headers=headers).status_code == 403
+    assert HTTP.get(f"{shared.url}/v1/models", headers=headers).status_code == 403
     assert shared.engine.stats().written_tokens == written
 
 
 def test_our_own_page_is_answered_and_may_be_linked_to(shared: Running) -> None:
     own = {"origin": shared.url, "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}
-    assert httpx.post(f"{shared.url}/v1/chat/completions", json=CHAT, headers=own).status_code == 200
+    assert HTTP.post(f"{shared.url}/v1/chat/completions", json=CHAT, headers=own).status_code == 200
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
-    assert httpx.get(f"{shared.url}/", headers=link).status_code == 200
+    assert HTTP.get(f"{shared.url}/", headers=link).status_code == 200
     typed = {"sec-fetch-site": "none", "sec-fetch-mode": "navigate"}
-    assert httpx.get(f"{shared.url}/", headers=typed).status_code == 200
+    assert HTTP.get(f"{shared.url}/", headers=typed).status_code == 200
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_a_body_that_is_not_called_json_is_refused(shared: Running, path: str, kind: str | None) -> None:
     headers = {"content-type": kind} if kind else {}
-    answer = httpx.post(f"{shared.url}{path}", content=json.dumps(CHAT).encode(), headers=headers)
+    answer = HTTP.post(f"{shared.url}{path}", content=json.dumps(CHAT).encode(), headers=headers)
     assert answer.status_code == 415
     assert is_refusal(answer)
     assert "Content-Type: application/json" in answer.json()["error"]["message"]
@@ -392,9 +390,9 @@ def test_with_keys_any_host_name_will_do(closed_endpoint: Running) -> None:
 
 def test_admin_calls_need_the_admin_key(closed_endpoint: Running) -> None:
     url = f"{closed_endpoint.url}/admin/adapters"
-    assert httpx.get(url).status_code == 401
-    assert httpx.get(url, headers={"authorization": f"Bearer {KEYS['acme']}"}).status_code == 401
-    found = httpx.get(url, headers={"authorization": f"Bearer {ADMIN_KEY}"})
+    assert HTTP.get(url).status_code == 401
+    assert HTTP.get(url, headers={"authorization": f"Bearer {KEYS['acme']}"}).status_code == 401
+    found = HTTP.get(url, headers={"authorization": f"Bearer {ADMIN_KEY}"})
     assert found.status_code == 200
     names = [adapter["name"] for adapter in found.json()["adapters"]]
     assert names == ["acme/brie", "acme/cheese", "other/cheese", "shared/common"]
@@ -405,7 +403,7 @@ def test_admin_pins_rolls_back_and_removes(closed_endpoint: Running, artefacts: 
 
     store = closed_endpoint.endpoint.catalog.registry
     assert store is not None
-    http = httpx.Client(base_url=closed_endpoint.url, headers={"authorization": f"Bearer {ADMIN_KEY}"})
+    http = httpx.Client(base_url=closed_endpoint.url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60)
     first, second = store.resolve("acme", "cheese").digest, store.resolve("acme", "brie").digest
     acme, ask = closed_endpoint.client("acme"), {"messages": CHAT["messages"], "temperature": 0, "max_tokens": 12}
 
@@ -442,7 +440,7 @@ def test_admin_pins_rolls_back_and_removes(closed_endpoint: Running, artefacts: 
 def test_what_stands_in_the_way_of_a_change_is_called_by_its_name(closed_endpoint: Running) -> None:
     store = closed_endpoint.endpoint.catalog.registry
     assert store is not None
-    http = httpx.Client(base_url=closed_endpoint.url, headers={"authorization": f"Bearer {ADMIN_KEY}"})
+    http = httpx.Client(base_url=closed_endpoint.url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60)
 
     def code(answer: httpx.Response) -> str:
         assert answer.status_code == 409, answer.text
@@ -468,6 +466,6 @@ def test_what_stands_in_the_way_of_a_change_is_called_by_its_name(closed_endpoin
 def test_metrics_are_for_this_machine_or_the_admin(closed_endpoint: Running) -> None:
     url = f"{closed_endpoint.url}/metrics"
     elsewhere = {"x-forwarded-for": "203.0.113.9"}
-    assert httpx.get(url).status_code == 200
-    assert httpx.get(url, headers=elsewhere).status_code == 401
-    assert httpx.get(url, headers={**elsewhere, "authorization": f"Bearer {ADMIN_KEY}"}).status_code == 200
+    assert HTTP.get(url).status_code == 200
+    assert HTTP.get(url, headers=elsewhere).status_code == 401
+    assert HTTP.get(url, headers={**elsewhere, "authorization": f"Bearer {ADMIN_KEY}"}).status_code == 200

@@ -20,19 +20,10 @@ import pytest
 from ftray.errors import RunError
 from ftray.registry.publish import publish
 from serve.endpoint import pause_seconds
-from tests.serve.conftest import Running, config_of, idle, make_engine, serving
+from tests.serve.conftest import HTTP, Running, config_of, eventually, idle, make_engine, serving
 
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "stream": True}
 HELLO: list[Any] = [{"role": "user", "content": "What cheese do you have?"}]
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 30.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def events_of(lines: Any) -> Any:
@@ -79,10 +70,11 @@ def test_300_streams_cancelled_at_random_give_everything_back(open_endpoint: Run
 
 
 def test_an_answer_that_does_not_stream_is_cancelled_too(open_endpoint: Running) -> None:
+    open_endpoint.slow_down()
     body = LONG | {"model": "base", "stream": False}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{open_endpoint.url}/v1/completions", json=body, timeout=0.5)
-    assert eventually(lambda: idle(open_endpoint.engine), 5)
+        HTTP.post(f"{open_endpoint.url}/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.5))
+    assert eventually(lambda: idle(open_endpoint.engine))
     assert open_endpoint.engine.stats().written_tokens < 800
 
 
@@ -99,37 +91,36 @@ def slow_client(running: Running, body: dict[str, Any]) -> socket.socket:
     return client
 
 
-@pytest.mark.parametrize("write_seconds", [30, 1])
+@pytest.mark.parametrize("write_seconds", [300, 1])
 def test_a_client_that_does_not_read_is_stopped_at_a_bound(registry, base, tmp_path, write_seconds: int) -> None:
     """An answer that tells 20 alternatives of every token: more than the sockets' own buffers hold."""
     bounds = {"unread_bytes": 1024, "write_seconds": write_seconds}
     config = config_of(registry, bounds=bounds, cache={"folder": str(tmp_path / "cache")})
     with serving(config, make_engine(config, base)) as running:
         client = slow_client(running, LONG | {"model": "base", "logprobs": 20})
-        assert eventually(lambda: running.engine.stats().running == 1)
-        assert eventually(lambda: idle(running.engine), 60)
+        assert eventually(lambda: running.engine.stats().written_tokens > 0)
+        assert eventually(lambda: idle(running.engine))
         assert running.engine.stats().written_tokens < 0.8 * 900, "it was stopped before its end"
         other = running.client().completions.create(model="base", prompt="And", max_tokens=5)
         assert other.choices[0].text
-        assert write_seconds == 30 or eventually(lambda: running.endpoint.streams == 0, 10)
-        client.settimeout(10)
+        assert write_seconds == 300 or eventually(lambda: running.endpoint.streams == 0)
+        client.settimeout(60)
         received = b""
         while b"client_too_slow" not in received and (more := client.recv(65536)):
             received += more
-        assert (b"client_too_slow" in received) == (write_seconds == 30), "told, or the connection is closed"
+        assert (b"client_too_slow" in received) == (write_seconds == 300), "told, or the connection is closed"
         assert b"[DONE]" not in received
         client.close()
-        assert eventually(lambda: running.endpoint.streams == 0, 10)
+        assert eventually(lambda: running.endpoint.streams == 0)
 
 
 def test_a_killed_replica_ends_its_streams_with_an_error_and_no_done(open_endpoint: Running) -> None:
+    open_endpoint.slow_down()
     lines: list[str] = []
     started = threading.Event()
 
     def read() -> None:
-        with httpx.stream(
-            "POST", f"{open_endpoint.url}/v1/completions", json=LONG | {"model": "acme/cheese"}
-        ) as answer:
+        with HTTP.stream("POST", f"{open_endpoint.url}/v1/completions", json=LONG | {"model": "acme/cheese"}) as answer:
             for line in answer.iter_lines():
                 lines.append(line)
                 if len(lines) > 8:
@@ -137,9 +128,9 @@ def test_a_killed_replica_ends_its_streams_with_an_error_and_no_done(open_endpoi
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert started.wait(30)
+    assert started.wait(60)
     open_endpoint.call(open_endpoint.replicas.killed.set)
-    reader.join(30)
+    reader.join(60)
     events = list(events_of(lines))
     assert "[DONE]" not in events
     last = json.loads(events[-1])
@@ -155,6 +146,7 @@ def test_a_killed_replica_ends_its_streams_with_an_error_and_no_done(open_endpoi
 
 
 def test_the_openai_package_raises_in_mid_stream(open_endpoint: Running) -> None:
+    open_endpoint.slow_down()
     body = {key: value for key, value in LONG.items() if key not in ("stream", "ignore_eos")}
     stream = open_endpoint.client().completions.create(
         model="base", stream=True, extra_body={"ignore_eos": True}, **body
@@ -185,7 +177,7 @@ def test_an_adapter_replaced_or_removed_in_flight(open_endpoint: Running, artefa
         return text + "".join(part.choices[0].text for part in stream if part.choices)
 
     assert slowly(lambda: publish(artefacts["second"], store, "acme", "cheese")) == old
-    assert eventually(lambda: client.completions.create(model="acme/cheese", **ask, **more).choices[0].text == new, 10)
+    assert eventually(lambda: client.completions.create(model="acme/cheese", **ask, **more).choices[0].text == new)
     assert slowly(lambda: store.remove_name("acme", "cheese")) == new
 
     def gone() -> bool:
@@ -195,7 +187,7 @@ def test_an_adapter_replaced_or_removed_in_flight(open_endpoint: Running, artefa
             return True
         return False
 
-    assert eventually(gone, 10)
+    assert eventually(gone)
     assert idle(open_endpoint.engine)
 
 
@@ -210,7 +202,7 @@ def test_an_adapter_in_memory_outlives_its_registry(open_endpoint: Running, monk
         monkeypatch.setattr(open_endpoint.endpoint.catalog.registry, method, down)
     time.sleep(2 * open_endpoint.endpoint.config.refresh_seconds)
     assert client.completions.create(model="acme/cheese", **ask).choices == said
-    ready = httpx.get(f"{open_endpoint.url}/readyz")
+    ready = HTTP.get(f"{open_endpoint.url}/readyz")
     assert ready.status_code == 200
     assert "what was last known" in ready.json()["registry"]
     with pytest.raises(openai.InternalServerError) as error:
@@ -246,17 +238,30 @@ def test_a_broken_adapter_costs_its_own_requests_an_error_and_nobody_else_anythi
 
 
 def test_a_request_that_takes_too_long_is_cancelled(registry, base, tmp_path) -> None:
-    config = config_of(registry, bounds={"request_seconds": 0.5}, cache={"folder": str(tmp_path / "cache")})
-    with serving(config, make_engine(config, base)) as running:
+    config = config_of(registry, bounds={"request_seconds": 100}, cache={"folder": str(tmp_path / "cache")})
+    with serving(config, make_engine(config, base)) as running, ThreadPoolExecutor(1) as pool:
+        running.slow_down()
         url = f"{running.url}/v1/completions"
-        whole = httpx.post(url, json=LONG | {"model": "base", "stream": False})
+        asking = pool.submit(HTTP.post, url, json=LONG | {"model": "base", "stream": False})
+        assert eventually(lambda: running.engine.stats().written_tokens > 0)
+
+        def is_over() -> bool:
+            running.skip(100)
+            return asking.done()
+
+        assert eventually(is_over)
+        whole = asking.result()
         assert whole.status_code == 408
         assert whole.json()["error"]["code"] == "timeout"
-        with httpx.stream("POST", url, json=LONG | {"model": "base"}) as answer:
-            events = list(events_of(answer.iter_lines()))
+        events: list[str] = []
+        with HTTP.stream("POST", url, json=LONG | {"model": "base"}) as answer:
+            for event in events_of(answer.iter_lines()):
+                if not events:
+                    running.skip(100)
+                events.append(event)
         assert "[DONE]" not in events
         assert json.loads(events[-1])["error"]["code"] == "timeout"
-        assert eventually(lambda: idle(running.engine), 5)
+        assert eventually(lambda: idle(running.engine))
 
 
 def test_the_more_streams_the_fewer_messages_each() -> None:
@@ -273,7 +278,7 @@ def test_metrics_name_tenants_and_digests(closed_endpoint: Running) -> None:
     client = closed_endpoint.client("acme")
     for model in ("cheese", "base"):
         list(client.chat.completions.create(model=model, messages=HELLO, max_tokens=5, stream=True))
-    page = httpx.get(f"{closed_endpoint.url}/metrics").text
+    page = HTTP.get(f"{closed_endpoint.url}/metrics").text
     lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
     who = f'adapter="{digest}",ingress="ingress"'
     assert float(lines[f'ftray_time_to_first_token_seconds_count{{{who},tenant="acme"}}']) == 1

@@ -22,6 +22,7 @@ from serve.metrics import Metrics
 from serve.openai import CompletionRequest
 from serve.tenants import Limits
 from serve.wire import Accepted, Refused
+from tests.clocks import Hurried
 
 ACME = Caller("acme")
 LIMITS = Limits(tokens_per_minute=1000, concurrency=8)
@@ -94,7 +95,8 @@ def ask(found: Endpoint, answer: Callable[[Served], Awaitable[Any]], **more: Any
             await asyncio.sleep(0.05)
         return None
 
-    return asyncio.run(whole())
+    with asyncio.Runner(loop_factory=Hurried) as runner:  # what is ready comes before what is due
+        return runner.run(whole())
 
 
 def spent(found: Endpoint) -> int:

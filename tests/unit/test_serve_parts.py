@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
 from ftray.cli import quickstart
 from ftray.engine.request import Chunk, Event, Finished, Logprob, Usage
@@ -16,8 +18,9 @@ from serve import local
 from serve.app import application, engine_options
 from serve.catalog import Recent
 from serve.config import ServeConfig
-from serve.router import rank
+from serve.router import AdapterRouter, rank
 from serve.wire import merge
+from tests.clocks import Hurried
 
 IDS = st.sampled_from(["a", "b", "c"])
 CHUNKS = st.builds(
@@ -71,6 +74,28 @@ def test_adapters_are_spread_over_replicas() -> None:
     load, none = dict.fromkeys(["r1", "r2", "r3", "r4"], 0), {f"r{i}": set[str]() for i in range(1, 5)}
     first = [rank(f"digest {i}", load, none, slots=4)[0] for i in range(1000)]
     assert all(200 < first.count(name) < 300 for name in load)
+
+
+def test_a_replica_that_is_slow_to_tell_its_load_is_not_passed_over() -> None:
+    """Its adapters lie there."""
+    deployment = DeploymentID("Engine")
+
+    class Slow:
+        replica_id, max_ongoing_requests = ReplicaID("here", deployment), 8
+
+        async def get_queue_len(self, *, deadline_s: float) -> int:
+            await asyncio.sleep(1)
+            return 0
+
+    async def chosen(replica: Any) -> Any:
+        router = AdapterRouter(deployment, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+        router.initialize_state(slots=4)
+        router.update_replicas([replica])
+        return await router._select_from_candidate_replicas([replica], 0)
+
+    with asyncio.Runner(loop_factory=Hurried) as runner:
+        slow = Slow()
+        assert runner.run(chosen(slow)) is slow
 
 
 def test_what_was_asked_lately_is_not_asked_again() -> None:
