@@ -12,7 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,11 @@ def digest_of(value: Any) -> str:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Any]:
-    """A binary file on the local disk that appears whole, under its name, or not at all."""
+    """A binary file on the local disk that appears whole, under its name, or not at all. Raises FileNotFoundError where
+    somebody removes its folder meanwhile."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # it was there, and somebody removes it at this moment
+        path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         with open(part, "wb") as file:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -33,7 +34,8 @@ def as_answer(rows: list[dict[str, Any]]) -> str:
 
 class Teacher:
     """`answer(number, attempt)` gives the text of a call, or an int: a status to refuse it with; a float: seconds of
-    silence before the connection breaks. `number` is the call's seed, which every call sends."""
+    silence before the connection breaks, if who asked is still there. `number` is the call's seed, which every call
+    sends."""
 
     def __init__(self, answer: Callable[[int, int], str | int | float], *, finish: str = "stop", delay: float = 0):
         self.answer, self.finish, self.delay = answer, finish, delay
@@ -81,7 +83,9 @@ class Teacher:
             self.asked[number] += 1
         what = self.answer(number, attempt)
         if isinstance(what, float):
-            time.sleep(what)
+            request.connection.settimeout(what)
+            with suppress(OSError):
+                request.connection.recv(1)  # nothing comes: it ends when who asked has gone
             request.close_connection = True
             return
         time.sleep(self.delay)

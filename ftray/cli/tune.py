@@ -82,7 +82,8 @@ def outcome_text(found: dict[str, Any], report: str | None) -> str:
     pairs.append(("with", parameters_text(best["parameters"])))
     pairs += [("run file", found["best_file"])]
     if best["artefact"]:
-        pairs.append(("artefact", best["artefact"]))
+        at = best.get("artefact_step")
+        pairs.append(("artefact", best["artefact"] + ("" if at in (None, best["step"]) else f", of step {count(at)}")))
     if report:
         pairs.append(("report", report))
     text = facts(pairs, indent=0)

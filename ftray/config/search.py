@@ -229,6 +229,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_SamplerOrName = Annotated[Sampler, BeforeValidator(by_name, json_schema_input_type=Sampler | str)]
+_SchedulerOrName = Annotated[Scheduler, BeforeValidator(by_name, json_schema_input_type=Scheduler | str)]
+_Mode = Literal["min", "max"]
+_Names = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=list[str] | str)]
+_Modes = Annotated[list[_Mode], BeforeValidator(_listed, json_schema_input_type=list[_Mode] | _Mode)]
+
+
 def _dotted(space: Any, prefix: str = "") -> Any:
     """Nested keys of a space as dotted ones. Of a key that stands in both forms the later adds to the earlier."""
     if not isinstance(space, dict):
@@ -257,18 +264,18 @@ class Search(Strict):
     space: Annotated[dict[str, Parameter], BeforeValidator(_dotted), Field(min_length=1)]
     """Key of the run, dotted or nested → what it may be. Another `method.name`, `train.optimizer` or
     `train.schedule.name` drops the run's keys that it has not."""
-    metric: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = ["loss"]
+    metric: Annotated[_Names, Field(min_length=1)] = ["loss"]
     """What to judge by; with sampler `optuna` several, of which schedulers see the first."""
-    mode: Annotated[list[Literal["min", "max"]], BeforeValidator(_listed)] | None = None
+    mode: _Modes | None = None
     """Whether less or more is better, for each metric; null: as the metric is."""
     samples: int = Field(16, ge=1)
     """Trials; of sampler `random`, for each combination of `grid` keys. Without such keys it draws nothing twice before
     all of a space that has an end has been drawn."""
     seed: int = Field(0, ge=0, lt=2**31)
     """What is drawn at random. The trials' own seed is the run's `seed`."""
-    sampler: Annotated[Sampler, BeforeValidator(by_name)] = RandomSampler(name="random")
+    sampler: _SamplerOrName = RandomSampler(name="random")
     """A name, or a mapping with `name` and its keys."""
-    scheduler: Annotated[Scheduler, BeforeValidator(by_name)] = Fifo(name="fifo")
+    scheduler: _SchedulerOrName = Fifo(name="fifo")
     """A name, or a mapping with `name` and its keys."""
     budget: Budget = Budget()
     concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"

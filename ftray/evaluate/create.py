@@ -107,8 +107,9 @@ class _Work:
         """Calls of this run that brought nothing, with what happened."""
         self._flying: dict[Future[None], int] = {}
         self._reserved: dict[int, int] = {}
-        """Tokens that a call in flight may cost, by its number."""
-        self._reserved_tokens = 0
+        """Tokens that a call in flight may cost yet, by its number."""
+        self._counting = threading.Lock()
+        """Over the reservations and what the journal has counted: a try is always in one of both, and never in two."""
         self._next = 0
         """The first call that is not judged yet."""
         self._launched = 0
@@ -177,8 +178,8 @@ class _Work:
             if (spent := self._over_budget(1, reserve)) is not None:
                 return spent
             self._launched = number + 1
-            self._reserved[number] = reserve
-            self._reserved_tokens += reserve
+            with self._counting:
+                self._reserved[number] = reserve
             self._flying[pool.submit(self._ask, call, reserve)] = number
         return None
 
@@ -200,49 +201,65 @@ class _Work:
 
     def _over_budget(self, more_calls: int, more_tokens: int) -> str | None:
         """Why no more may be sent, what is in flight being reckoned at the most it can cost. From any thread."""
-        budget, journal = self.creation.budget, self.journal
-        calls = journal.calls + len(self._flying) + more_calls
-        if budget.calls is not None and calls > budget.calls:
-            return f"budget.calls: {journal.calls:,} of {budget.calls:,} calls are spent"
-        tokens = journal.all_tokens + self._reserved_tokens + more_tokens
-        if budget.tokens is not None and tokens > budget.tokens:
+        budget = self.creation.budget
+        with self._counting:
+            calls, tokens = self.journal.calls, self.journal.all_tokens
+            calls_ahead, tokens_ahead = len(self._reserved) + more_calls, sum(self._reserved.values()) + more_tokens
+        if budget.calls is not None and calls + calls_ahead > budget.calls:
+            return f"budget.calls: {calls:,} of {budget.calls:,} calls are spent"
+        if budget.tokens is not None and tokens + tokens_ahead > budget.tokens:
             return (
-                f"budget.tokens: {journal.all_tokens:,} of {budget.tokens:,} tokens are spent, and a call may take"
+                f"budget.tokens: {tokens:,} of {budget.tokens:,} tokens are spent, and a call may take"
                 f" {more_tokens or self.creation.teacher.sampling.max_tokens:,}"
             )
         return None
 
+    def _count(self, entry: dict[str, Any], *, last: bool) -> None:
+        """Journal what a try came to; with `last` its call has no further one to come. From any thread."""
+        with self._counting:
+            self.journal.append(entry)
+            if last:
+                self._reserved.pop(entry["call"], None)
+
     def _ask(self, call: Call, reserve: int) -> None:
-        """In a thread: one call, until its answer is in the journal."""
+        """In a thread: one call, until its answer is in the journal, or it is given up."""
+        try:
+            self._try(call, reserve)
+        finally:
+            with self._counting:
+                self._reserved.pop(call.number, None)
+
+    def _try(self, call: Call, reserve: int) -> None:
         body = body_of(call, self.creation.teacher, self.calls)
-        began = time.monotonic()
+        began, tries = time.monotonic(), 0
 
         def before() -> None:
+            nonlocal tries
+            tries += 1
             if (spent := self._over_budget(0, 0)) is not None:  # its own tries without an answer have spent it
                 raise RunError(spent)
             self._pace.wait(reserve)
 
         def lost(why: str) -> None:
-            self.journal.append({"call": call.number, "lost": why, "tokens": reserve})
+            entry = {"call": call.number, "lost": why, "tokens": reserve}
+            self._count(entry, last=tries == self.creation.teacher.tries)
 
         found = self._endpoint.post("chat/completions", body, before=before, lost=lost)
         answer = answer_of(found, self._endpoint)
-        self.journal.append(
-            {
-                "call": call.number,
-                "answer": answer.text,
-                "finish_reason": answer.reason,
-                "prompt_tokens": answer.prompt_tokens or math.ceil(call.characters / _CHARACTERS_PER_TOKEN),
-                "tokens": answer.tokens or math.ceil(len(answer.text) / _CHARACTERS_PER_TOKEN),
-                "model": str(found.get("model", "")),
-                "seconds": round(time.monotonic() - began, 3),
-            }
-        )
+        entry = {
+            "call": call.number,
+            "answer": answer.text,
+            "finish_reason": answer.reason,
+            "prompt_tokens": answer.prompt_tokens or math.ceil(call.characters / _CHARACTERS_PER_TOKEN),
+            "tokens": answer.tokens or math.ceil(len(answer.text) / _CHARACTERS_PER_TOKEN),
+            "model": str(found.get("model", "")),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        self._count(entry, last=True)
 
     def _land(self, done: set[Future[None]]) -> None:
         for future in done:
             number = self._flying.pop(future)
-            self._reserved_tokens -= self._reserved.pop(number)
             error = None if future.cancelled() else future.exception()
             if error is None:
                 continue

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ftray.config.search import PLANNED
 from ftray.errors import UserError
 from ftray.evaluate import search_plots
 from ftray.evaluate.importance import importances
@@ -59,6 +60,7 @@ def page(outcome: dict[str, Any], text: str) -> dict[str, Any]:
         "rows": [_row(t, outcome) for t in ranked(outcome)[:_SHOWN]],
         "rows_more": max(0, len(each) - _SHOWN),
         "best": outcome["best"],
+        "artefact_note": artefact_note(outcome),
         "best_rows": [(k, word(v)) for k, v in outcome["best"]["parameters"].items()] if outcome["best"] else [],
         "failed": [{"name": f"{t['index']:04d}", "error": redact(t["error"])} for t in each if t["error"]],
         "compared": {"step": at, "trials": len(compared)},
@@ -66,6 +68,19 @@ def page(outcome: dict[str, Any], text: str) -> dict[str, Any]:
         "plots": {name: Markup(svg) for name, svg in draw(outcome, compared, shares).items()},
         "yaml": text,
     }
+
+
+def artefact_note(outcome: dict[str, Any]) -> str:
+    """Of which step the best trial's artefact is, and where that is not the step that won."""
+    best, metric = outcome["best"], outcome["metric"][0]
+    if not best or not best["artefact"] or best.get("artefact_step") is None:  # as earlier versions wrote it
+        return ""
+    note = f", of step {best['artefact_step']:,}"
+    if best["artefact_step"] == best["step"] or metric in PLANNED:
+        return note
+    if best["artefact_loss"] is not None:
+        note += f" with a held-out loss of {loss(best['artefact_loss'])}"
+    return f"{note}, and not of step {best['step']:,}, where {metric} was best"
 
 
 def headline(outcome: dict[str, Any]) -> str:

@@ -309,9 +309,13 @@ class Registry:
             self._delete(f"{at}/{REMOVING}/{ref.digest}")  # a removal broke off just before its end
             raise UnknownAdapter("no such version", where=str(ref))
         self._write(f"{at}/{REMOVING}/{ref.digest}", f"{now()}\n".encode())
-        if needed := self._needed(ref):
-            self._delete(f"{at}/{REMOVING}/{ref.digest}")
-            raise needed
+        try:
+            if needed := self._needed(ref):
+                raise needed
+        except BaseException:  # needed or not, it stays: who publishes it must not wait for its removal
+            with suppress(RunError):
+                self._delete(f"{at}/{REMOVING}/{ref.digest}")
+            raise
         self._delete(f"{at}/{ref.digest}/{FACTS}")  # first, so that half a version never counts
         self._delete_folder(f"{at}/{ref.digest}")
         self._delete(f"{at}/{REMOVING}/{ref.digest}")
@@ -438,12 +442,18 @@ class Registry:
     def _write(self, path: str, content: bytes) -> None:
         """A small file, whole or not at all: an object store's put is atomic by itself."""
         with self._reached():
-            if self.local:
-                with atomic_write(path) as file:
-                    file.write(content)
-            else:
+            if not self.local:
                 make_folder(self.fs, path.rsplit("/", 1)[0])
                 self.fs.pipe_file(path, content)
+                return
+            for left in range(_REMOVALS, -1, -1):
+                try:
+                    with atomic_write(path) as file:
+                        file.write(content)
+                    return
+                except FileNotFoundError:  # who removes the name took the empty folder away meanwhile
+                    if not left:
+                        raise
 
     def _put(self, source: Path, path: str) -> None:
         with self._reached():
@@ -491,7 +501,7 @@ class Registry:
 
 
 _REMOVALS = 20
-"""Times that a folder is removed again into which somebody wrote meanwhile."""
+"""Times that a folder is removed again into which somebody wrote meanwhile, or made again that somebody removed."""
 _ANEW = "`ftray adapters rollback NAME@DIGEST` writes a pointer anew, and `pin NAME@DIGEST --hold` a hold"
 _AGAIN = "publish it again: what is missing or damaged is put there anew"
 

@@ -61,6 +61,8 @@ def shown(trial: Trial, search: Search) -> dict[str, Any]:
         "all_steps": trial.steps,
         "folder": search.trial_folder(trial.index),
         "artefact": trial.summary.get("artefact"),
+        "artefact_step": trial.summary.get("artefact_step"),
+        "artefact_loss": trial.summary.get("artefact_loss"),
         "error": trial.error,
     }
 

@@ -79,6 +79,27 @@ class Curves:
         return {"lanes": len(self.lanes), "room": 2 - len(self.lanes)}
 
 
+class Abreast(Curves):
+    """Trials that go on side by side, however late one of them begins: the first stands still until there is a second,
+    and none evaluates again before all that are here have come as far."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+        self.met = False
+
+    async def next(self, trial: str) -> dict[str, Any]:
+        while self._is_ahead(trial):
+            await asyncio.sleep(PAUSE_SECONDS)
+        return await super().next(trial)
+
+    def _is_ahead(self, trial: str) -> bool:
+        lane = self.lanes.get(trial)
+        if lane is None or lane.get("stopped"):
+            return False
+        self.met |= len(self.lanes) > 1
+        return not self.met or any(other["step"] < lane["step"] for other in self.lanes.values())
+
+
 if __name__ == "__main__":
     from ftray.cli.main import call
     from ftray.tune import ordinary

@@ -8,7 +8,6 @@ import math
 import os
 import queue
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -213,14 +212,23 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'quickstart-cheese'" in capsys.readouterr().err
 
 
+def processor_seconds(command: list[str], code: int) -> float:
+    """What a command that ends with this exit code takes of the processors."""
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == code
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_validation_is_quick(run_file: str) -> None:
-    """Under a second: of processor time, so that a busy machine does not fail it."""
+    """Under a second of processor time. That too grows on a busy machine, so the least of a few tries counts."""
     for override, code in (("train.x=1", 2), ("train.steps=7", 0)):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-m", "ftray.cli.main", "check", run_file, override], timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == code
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+        command = [sys.executable, "-m", "ftray.cli.main", "check", run_file, override]
+        taken = [processor_seconds(command, code)]
+        while min(taken) >= 1.0 and len(taken) < 5:
+            taken.append(processor_seconds(command, code))
+        assert min(taken) < 1.0, taken
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic

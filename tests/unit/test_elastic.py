@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -200,16 +201,19 @@ def test_a_worker_that_hears_nothing_ends_in_time_however_it_is_told(monkeypatch
     import ray
     from ray.exceptions import GetTimeoutError, RaySystemError
 
+    now, begun, ended, calls = 100.0, threading.Event(), threading.Event(), list[float]()
     monkeypatch.setattr(pulse, "SILENT_SECONDS", 1.0)
-    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.05)
-    ended, calls = threading.Event(), list[float]()
+    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now))
 
     def get(_: object, timeout: float) -> str:
+        nonlocal now
+        assert begun.wait(60)
         calls.append(timeout)
         if len(calls) == 1:
-            time.sleep(0.5)
+            now += 0.5
             raise RaySystemError("the connection broke")
-        time.sleep(timeout)
+        now += timeout
         raise GetTimeoutError
 
     def leave(_: int) -> None:
@@ -219,8 +223,9 @@ def test_a_worker_that_hears_nothing_ends_in_time_however_it_is_told(monkeypatch
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(pulse.os, "_exit", leave)
     beating = pulse.Pulse(MagicMock(), 0, 0)
+    begun.set()
     assert ended.wait(60)
-    assert calls[1] <= 0.5
+    assert (calls, now) == ([1.0, 0.5], 101.0)
 
 
 class StartupTimeout(Exception):

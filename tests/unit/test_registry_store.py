@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,14 +22,18 @@ from ftray.registry.publish import publish
 from ftray.registry.ref import Ref, check_name, is_name, parse_name
 from ftray.registry.store import Registry
 from tests.adapters import BASE, change_config, facts_of, seal, write_adapter
+from tests.objects import Objects
+
+fsspec.register_implementation("objects", Objects, clobber=True)
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "objects"])
 def registry(request, tmp_path):
-    yield Registry(str(tmp_path / "registry") if request.param == "local" else "memory://registry/adapters")
-    fsspec.filesystem("memory").store.clear()
+    yield Registry(str(tmp_path / "registry") if request.param == "local" else "objects://registry/adapters")
+    for name in ("objects", "memory"):
+        fsspec.filesystem(name).store.clear()
 
 
 def put(registry: Registry, folder: Path, seed: int, name: str = "cheese", tenant: str = "anna") -> str:
@@ -339,6 +345,16 @@ def test_the_current_version_goes_with_its_name_alone(registry, tmp_path):
     assert registry.resolve("anna", "cheese").digest == first
 
 
+@pytest.mark.parametrize("file", ["current.json", "hold.json"])
+def test_a_removal_that_could_not_begin_keeps_no_publisher_waiting(registry, tmp_path, file):
+    ref = Ref("anna", "cheese", put(registry, tmp_path, 1))
+    registry.fs.pipe_file(f"{registry.root}/anna/cheese/{file}", b"{")
+    with pytest.raises(ArtefactError, match=re.escape(file)):
+        registry.remove(ref)
+    assert not registry.is_being_removed(ref)
+    assert registry.confirm(ref)
+
+
 # --------------------------------------------------------------------------------------------------- many at once
 
 
@@ -390,6 +406,27 @@ def test_publishing_and_removing_one_version_at_once_ends_whole_or_gone(registry
         assert version.size == sum(p.stat().st_size for p in (tmp_path / "1").iterdir())
         assert not registry.is_being_removed(ref)
         registry.rollback("anna", "cheese")
+
+
+@pytest.mark.parametrize("folder", ["the version's", "pins"])
+def test_a_folder_that_is_removed_as_it_is_looked_for_is_made_again(tmp_path, monkeypatch, folder):
+    """`mkdir` finds it there and, before it has looked whether it is a folder, somebody has removed it."""
+    registry, removed = Registry(str(tmp_path / "registry")), list[Path]()
+    digest, mkdir = write_adapter(tmp_path / "1", 1), Path.mkdir
+
+    def beaten(path: Path, *args, **options) -> None:
+        if path.name == (folder if folder == "pins" else digest) and not removed:
+            removed.append(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", beaten)
+    publish(tmp_path / "1", registry, "anna", "cheese", BASE)
+    registry.pin(Ref("anna", "cheese", digest))
+    assert removed
+    [version] = registry.show("anna", "cheese").versions
+    assert (version.complete, version.pinned) == (True, True)
 
 
 def test_what_a_removal_took_from_under_an_upload_is_put_there_again(registry, tmp_path, monkeypatch):

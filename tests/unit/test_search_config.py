@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,19 @@ def test_shipped_searches(name: str, ftray_data: Path, monkeypatch: pytest.Monke
         search.run_of(draw(search, index), index)
     about = dict(list_search_recipes())[name]
     assert 20 <= len(about) <= 120
+
+
+def test_the_schema_of_the_search_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["tune", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["required"]) == {"name", "run", "space"}
+    assert schema["properties"]["seed"]["description"].startswith("What is drawn at random")
+    assert schema["$defs"]["Asha"]["properties"]["grace"]["description"].startswith("Steps of the first rung")
+    for key in ("sampler", "scheduler", "metric", "mode"):
+        kinds = [kind.get("type") for kind in schema["properties"][key]["anyOf"]]
+        assert "string" in kinds, f"{key} may be a name alone"
+    assert call(["tune"]) == 2
+    assert "Missing argument 'SEARCH'" in capsys.readouterr().err
 
 
 def test_mistakes_on_the_command_line_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

