@@ -15,9 +15,10 @@ from ftray.session import ray_session
 
 
 def tune_command(spec: Search, *, as_json: bool, verbose: bool) -> int:
-    from ftray.tune.space import how_many
+    from ftray.tune.space import draw, how_many
 
-    how_many(spec)  # a grid too large is told before anything starts
+    how_many(spec)  # a grid too large, and keys that no run has, are told before anything starts
+    spec.run_of(draw(spec, 0), 0)
     with open_search_console(as_json=as_json) as console:
         console({"kind": "status", "text": "starting Ray"})
         from ftray.tune.driver import local_cpus

@@ -289,6 +289,7 @@ class Search(Strict):
     """The search's folder: a path or any fsspec URI; `{name}` is the search's name."""
 
     _raw: dict[str, Any] | None = PrivateAttr(None)
+    _whole: dict[str, Any] | None = PrivateAttr(None)
 
     @field_validator("metric")
     @classmethod
@@ -378,7 +379,7 @@ class Search(Strict):
     def is_active(self, key: str, parameters: Mapping[str, Any]) -> bool:
         """Whether a key's `when` holds, `parameters` being drawn already."""
         for other, wanted in self.space[key].when.items():
-            value = parameters[other] if other in parameters else _lookup(self.raw_run(), other)
+            value = parameters[other] if other in parameters else _lookup(self.whole_run(), other)
             if value not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
         return True
@@ -391,6 +392,15 @@ class Search(Strict):
                 override(raw, f"{key}={json.dumps(value)}")
             self._raw = raw
         return copy.deepcopy(self._raw)
+
+    def whole_run(self) -> dict[str, Any]:
+        """The run's keys with their defaults; as they are written, where the run is nothing without its space."""
+        if self._whole is None:
+            try:
+                self._whole = validated(self.raw_run(), "run").dump()
+            except ConfigError:
+                self._whole = self.raw_run()
+        return self._whole
 
     def trial_folder(self, index: int) -> str:
         return join(self.folder, "trials", f"{index:04d}")
@@ -475,6 +485,29 @@ def _run_refusals(search: Search) -> Iterator[str]:
         yield "metrics accuracy and margin are of preferences: set objective: dpo in the run"
     if search.scheduler.name == "hyperband" and not (search.scheduler.max_steps or train.get("steps")):
         yield "scheduler hyperband shares out steps: set train.steps in the run, or scheduler.max_steps"
+    yield from _vain_conditions(search)
+
+
+def _vain_conditions(search: Search) -> Iterator[str]:
+    """Of `when`: what no trial has, or no run could have. Its key would stay what it is without a word."""
+    for key, parameter in search.space.items():
+        for other, wanted in parameter.when.items():
+            asked = wanted if isinstance(wanted, list) else [wanted]
+            own = _lookup(search.whole_run(), other)
+            if other in search.space:
+                values = search.space[other].values
+                may_be = None if values is None else [*values, own]
+                if may_be is not None and (odd := [value for value in asked if value not in may_be]):
+                    known = ", ".join(dict.fromkeys(_short(value) for value in values or ()))
+                    yield f"space.{key}: its `when` asks for {other}={_short(odd[0])}, and it may be {known}"
+                continue
+            for value in asked:
+                try:
+                    search.run_of({} if value == own else {other: value}, 0)
+                except ConfigError as error:
+                    problem = str(error.what).split("\n")[0]
+                    yield f"space.{key}: its `when` asks for {other}={_short(value)}, which no run has: {problem}"
+                    break
 
 
 # ---------------------------------------------------------------------------------------------------------------- small

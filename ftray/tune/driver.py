@@ -36,6 +36,8 @@ Emit = Callable[[dict[str, Any]], None]
 
 _FREE = ("samples", "budget", "concurrency", "retries", "lanes")
 """Keys of a search that change none of the trials it has."""
+_MANY = 1000
+"""Runs that take longer to check than anybody waits without a word."""
 _TRIES = 32
 """Samples of a space that are checked before a search with Optuna starts."""
 _RESTARTS = 8
@@ -152,6 +154,8 @@ class Hunt:
         for trial in recorded:
             self._planned[trial.index] = self.plans.of(trial.parameters, trial.index)
         if self._foreseen:
+            if (ahead := self.total - len(self.ledger.trials)) > _MANY:
+                self.on_event({"kind": "status", "text": f"looking at {ahead:,} runs"})
             for index in range(len(self.ledger.trials), self.total):
                 self._planned[index] = self.plans.of(self._sampler.propose(index, []), index)
         elif not recorded:

@@ -67,7 +67,11 @@ def grid(search: Search) -> list[Parameters]:
             for further in ([p | {key: v} for v in values] if search.is_active(key, p) else [p])
         ]  # fmt: skip
         if len(found) > _LARGEST_GRID:
-            raise ConfigError(f"the grid has more than {_LARGEST_GRID:,} combinations", where=f"space.{key}")
+            raise ConfigError(
+                f"the grid has more than {_LARGEST_GRID:,} combinations",
+                where=f"space.{key}",
+                hint="list fewer values, or take sampler: random with as many samples as you want trials",
+            )
     return found
 
 

@@ -161,6 +161,26 @@ def test_another_optimizer_or_schedule_drops_what_it_does_not_look_at() -> None:
     assert len(seen) > 6
 
 
+@pytest.mark.parametrize(
+    ("when", "told"),
+    [
+        ("{method.nam: lora}", "which no run has: .*nam: unknown key; did you mean 'name'"),
+        ("{method.name: [dora, qlra]}", "method.name=.*qlra.*no run has"),
+        ("{train.learning_rate: quick}", "train.learning_rate=.*no run has"),
+        ("{train.batch_rows: 3}", "asks for train.batch_rows=3, and it may be 4, 8"),
+    ],
+)
+def test_a_when_that_can_never_hold_is_refused(when: str, told: str) -> None:
+    space = f"space={{train.batch_rows: {{choice: [4, 8]}}, method.rank: {{choice: [2], when: {when}}}}}"
+    with pytest.raises(ConfigError, match=told):
+        a_search(space)
+
+
+def test_a_when_looks_at_defaults_too() -> None:
+    space = "space={train.momentum: {choice: [0.7], when: {train.optimizer: sgd}}, method.rank: {choice: [2], when: "
+    assert list(draw(a_search(space + "{train.optimizer: adamw}}}"), 0)) == ["method.rank"]
+
+
 def test_a_when_looks_at_the_run_where_the_space_has_no_such_key() -> None:
     search = a_search("space={method.rank: {choice: [2], when: {method.name: [dora]}}, seed: {choice: [1]}}")
     assert draw(search, 0) == {"seed": 1}

@@ -116,3 +116,14 @@ def test_importance_finds_what_decides_and_is_fair_to_what_does_not() -> None:
                 .values()) for _ in range(100)]  # fmt: skip
     assert sum(many) / 100 < 0.1, "many values explain nothing by themselves"
     assert importances([{"x": 1}] * 5, [1, 2, 3, 4, 5]) == {"x": 0.0}
+
+
+@pytest.mark.parametrize("trials", [4, 5, 6, 8, 9, 20])
+def test_importance_of_a_number_is_found_in_few_trials_too(trials: int) -> None:
+    found = importances([{"rate": 0.001 * (i + 1)} for i in range(trials)], [-float(i) for i in range(trials)])
+    assert found["rate"] > 0.5
+
+
+def test_importance_that_nothing_tells_is_left_out() -> None:
+    assert importances([{"rate": 0.1}, {"rate": 0.2}, {"rate": 0.3}], [1, 2, 3]) == {}
+    assert importances([{"targets": [name]} for name in "abcd"], [1, 2, 3, 4]) == {}
