@@ -225,8 +225,11 @@ def test_ordinary_runs_of_one_and_two_workers_on_two_cpus(folder):
     ours = ("ray::RayTrainWo", "ray::Ordinary", "ray::TrainContr", "ray::Follower", "ray::Desk", "ray::Board")
     wait_for(lambda: not processes(*ours), 30)
     wait_for(lambda: ray.available_resources().get("CPU") == 4)
-    left = set(os.listdir(tempfile.gettempdir())) - scratch
-    assert not [name for name in left if name.startswith("ftray")]
+
+    def left() -> list[str]:
+        return [name for name in set(os.listdir(tempfile.gettempdir())) - scratch if name.startswith("ftray")]
+
+    wait_for(lambda: not left(), 60)  # those of others who test on this machine come and go
 
 
 @contextmanager
