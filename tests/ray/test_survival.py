@@ -78,35 +78,42 @@ def ftray(*arguments: str) -> subprocess.Popen:
     )
 
 
-def test_the_driver_is_killed(folder, unbroken):
+def test_the_driver_is_killed_then_told_to_stop(folder, unbroken):
+    """SIGKILL leaves nothing running; SIGTERM to the next one commits and leaves with its own exit code; the third ends
+    the run."""
     file = write_run(folder, "driver-killed", train__steps=STEPS)
+    run, at = folder / "driver-killed", random.Random(SEED + 1).randrange(10, 40)
     driver = ftray("train", str(file))
-    wait_for(lambda: steps_of(folder / "driver-killed"))
+    wait_for(lambda: len(steps_of(run)) >= at)
     ended = workers(driver.pid)
     assert ended
-    at = random.Random(SEED + 1).randrange(10, 40)
-    wait_for(lambda: len(steps_of(folder / "driver-killed")) >= at)
     driver.kill()
     driver.wait()
     assert not psutil.wait_procs(ended, timeout=60)[1]
-    assert not (folder / "driver-killed/artefact").exists()
-    again = ftray("train", str(file))
-    output, _ = again.communicate(timeout=400)
-    assert again.returncode == 0, output
-    assert_as_unbroken(folder / "driver-killed", unbroken)
+    assert not (run / "artefact").exists()
+    stopped_by(signal.SIGTERM, ftray("train", str(file)), run, after=len(steps_of(run)) + 5)
+    ends(file)
+    assert_as_unbroken(run, unbroken)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_a_signal_commits_and_leaves_with_its_own_exit_code(folder, unbroken, sent):
-    name = f"stopped-by-{sent.name.lower()}"
-    file = write_run(folder, name, train__steps=STEPS, train__commit_every=1000)
-    driver = ftray("train", str(file))
-    wait_for(lambda: len(steps_of(folder / name)) >= 5)
+def stopped_by(sent: signal.Signals, driver: subprocess.Popen, run: Path, after: int) -> None:
+    """Tell a run's driver to stop after a step: it commits that or a later one."""
+    wait_for(lambda: len(steps_of(run)) >= after)
     driver.send_signal(sent)
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == EXIT_STOPPED, output
     assert "Traceback" not in output
-    assert [p.name for p in (folder / name / "commits").iterdir()]
+    assert max(int(p.name.split("-")[1]) for p in (run / "commits").glob("step-*")) >= after
+
+
+def ends(file: Path) -> None:
     output, _ = (again := ftray("train", str(file))).communicate(timeout=400)
     assert again.returncode == 0, output
-    assert_as_unbroken(folder / name, unbroken)
+
+
+@pytest.mark.long
+def test_ctrl_c_commits_and_leaves_with_its_own_exit_code(folder, unbroken):
+    file = write_run(folder, "interrupted", train__steps=STEPS, train__commit_every=1000)
+    stopped_by(signal.SIGINT, ftray("train", str(file)), folder / "interrupted", after=5)
+    ends(file)
+    assert_as_unbroken(folder / "interrupted", unbroken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 
@@ -10,15 +9,27 @@ import pytest
 import torch
 
 from ftray.config import load_run
+from ftray.data.prepare import prepare
+from ftray.data.prepared import PreparedData
 from ftray.errors import ArtefactError, ConfigError, DataError, RunError, RunStopped
 from ftray.train.launch import train
+from ftray.train.loop import train_worker
+from ftray.train.world import World
 from tests.ray.runs import steps_of, tensors, write_run
+from tests.toys import Recorder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def fit(file, on_event=lambda _event: None, stop=None, released=None):
     return train(load_run(file), on_event=on_event, stop=stop or threading.Event(), released=released)
+
+
+def alone(file):
+    """(the run, its rows, its summary): the loop of one worker, in this process."""
+    run = load_run(file)
+    data = PreparedData.open(prepare(run, lambda _: None))
+    return run, data, train_worker(run, data, World(), Recorder())
 
 
 def losses(folder):
@@ -31,9 +42,9 @@ def assert_close(mine, theirs, relative):
 
 
 def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
-    """Two workers → one → two: the same rows, the same losses as with two alone."""
+    """Two workers → one → two: the same rows, the same losses as with one throughout."""
     slow = {"train__steps": 36, "train__micro_batch_rows": 1, "train__learning_rate": 5e-4, "train__evaluate_every": 12}
-    fit(write_run(tmp_path, "two", **slow))
+    alone(write_run(tmp_path, "one", workers__count=1, **slow))
 
     # a stop that has not come by then is waited for after the next evaluation
     for until, passes, count in ((5, 0, 2), (14, 12, 1), (None, None, 2)):
@@ -49,9 +60,9 @@ def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
                 fit(file, on_event, stop, lambda passes=passes: passes)
         else:
             fit(file, on_event, stop)
-    assert_close(losses(tmp_path / "changing"), losses(tmp_path / "two"), 1e-3)
+    assert_close(losses(tmp_path / "changing"), losses(tmp_path / "one"), 1e-3)
     cursors = [event["cursor"] for event in steps_of(tmp_path / "changing")]
-    assert cursors == [event["cursor"] for event in steps_of(tmp_path / "two")]
+    assert cursors == [event["cursor"] for event in steps_of(tmp_path / "one")]
 
 
 @pytest.mark.parametrize(
@@ -61,12 +72,10 @@ def test_peft_alone_loads_the_artefact_and_gives_our_evaluation(tmp_path, method
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from ftray.data.prepared import PreparedData
     from ftray.data.tokenizer import local_model_folder
 
     changes = {"method__name": method, "train__precision": precision, "train__steps": 20, "workers__count": 1}
-    file = write_run(tmp_path, "run", **changes)
-    run, summary = load_run(file), fit(file)
+    run, data, summary = alone(write_run(tmp_path, "run", **changes))
     assert summary["final_loss"] < summary["base_loss"]
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -78,7 +87,6 @@ def test_peft_alone_loads_the_artefact_and_gives_our_evaluation(tmp_path, method
     )
     model = PeftModel.from_pretrained(base, tmp_path / "run/artefact")
     model.train()  # no dropout; in evaluation mode bitsandbytes repacks NF4 weights and DoRA's norms go wrong
-    data = PreparedData.open(json.loads((tmp_path / "run/data.json").read_text())["uri"])
     total = count = 0.0
     with torch.no_grad():
         for i in range(len(data.held_out)):

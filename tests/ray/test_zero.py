@@ -69,8 +69,8 @@ def recipe(folder: Path, name: str, strategy: str = "null", *overrides: str) -> 
             f"data.cache={folder}/prepared",
             "data.held_out=[]",
             f"train.steps={STEPS}",
-            "train.batch_rows=32",
-            "train.micro_batch_rows=8",
+            "train.batch_rows=16",
+            "train.micro_batch_rows=4",
             "train.learning_rate=3e-4",
             "train.commit_every=7",
             "workers.gpus=0",
@@ -141,7 +141,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", names(*STRATEGIES))
 def test_losses_follow_those_without_zero(folder, summaries, name):
-    """In bf16, relative; measured with half as many rows in a step: 0.0013."""
+    """In bf16, relative."""
     plain = losses(folder / "plain")
     assert plain[-1] < 0.4 * plain[0]
     assert worst(losses(folder / name), plain) < 2e-3
@@ -182,7 +182,7 @@ def held_states(held: dict[str, int]) -> int:
     return sum(held[key] for key in ("weights", "masters", "states", "gradients", "nvme"))
 
 
-def test_memory_of_a_larger_base_falls_with_the_workers(folder):
+def test_memory_of_a_larger_base_falls_with_the_workers(folder, data):
     """108 million random parameters under ZeRO 3 with offload: within 15 % of the plan, and half with two workers."""
     base = folder / "base"
     shutil.copytree(base_path(), base, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -202,7 +202,10 @@ def test_memory_of_a_larger_base_falls_with_the_workers(folder):
             "train.commit_every=null",
             f"workers.count={workers}",
         )
-        summary = train(run, on_event=lambda _: None, stop=threading.Event())
+        if workers == 1:
+            summary = train_worker(run, PreparedData.open(data), World(), Recorder())
+        else:
+            summary = train(run, on_event=lambda _: None, stop=threading.Event())
         assert summary["parameters"] > 100_000_000
         found[workers] = held_states(summary["state_memory"][0])
         assert found[workers] == pytest.approx(planned_states(run), rel=0.15)
