@@ -66,6 +66,8 @@ def ray_session(*, verbose: bool = False, cpus: int | None = None) -> Iterator[N
     if in_a_job():
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **options)
     else:
+        # workers that Ray starts ahead of time know none of these variables, so no actor of ours would be one of them
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         ray.init(address="local", num_cpus=cpus or usable_cpus(), include_dashboard=False, **options)
     try:
         yield

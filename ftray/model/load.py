@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ def _uncompiled() -> Iterator[None]:
 
 # Here, before transformers or PEFT import it: it compiles what CPUs have no kernels for, and torch's compiler, which
 # nothing else here needs, takes each process 1.1 s of a processor to import (measured; 0.05 without it).
+# Its warning asks for a package that would fetch code from a model hub, at each import on processors with bf16.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 with _uncompiled():
     import bitsandbytes  # noqa: F401
 

@@ -79,11 +79,12 @@ def test_a_jobs_own_folder_is_known(tmp_path, monkeypatch, there):
     assert in_a_package() is (there in ("package", "below it"))
 
 
-def test_loading_a_base_imports_no_compiler():
-    """bitsandbytes would: a second of a processor, in each process."""
+def test_loading_a_base_imports_no_compiler_and_says_nothing():
+    """bitsandbytes would do both: a second of a processor in each process, and a line of its own on some of them."""
     told = "print('torch._inductor.compile_fx' in sys.modules, os.environ.get('TORCHDYNAMO_DISABLE'))"
     code = f"import os, sys, ftray.model.load; {told}"
     program = [sys.executable, "-c", code]
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     done = subprocess.run(program, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["False", "None"]
+    assert "gemm_4bit" not in done.stderr
