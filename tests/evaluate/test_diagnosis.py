@@ -20,7 +20,7 @@ HEALTHY = {"steps": 40, "rows": 256, "rate": "5e-3", "schedule": "cosine", "ever
 MADE = {
     "healthy": HEALTHY,
     "overfit on 20 rows": HEALTHY | {"rows": 20, "schedule": "constant", "steps": 60, "rate": "1e-2"},
-    "rate 100 times too high": HEALTHY | {"rate": "5e-1", "steps": 20},
+    "rate 100 times too high": HEALTHY | {"rate": "5e-1", "steps": 10},
     "1 step": HEALTHY | {"steps": 1, "rate": "1e-4", "every": 1},
     "cut short": HEALTHY | {"steps": 12, "schedule": "constant", "rate": "1e-3", "every": 3},
 }

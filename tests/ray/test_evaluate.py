@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 
-from ftray.config import Decoding, Evaluation, Model
+from ftray.config import Decoding, Evaluation, Model, Run
 from ftray.errors import ArtefactError, ConfigError, RunError
 from ftray.evaluate import crew, places
 from ftray.evaluate.crew import Crew
@@ -25,9 +25,18 @@ from tests.ray.runs import processes
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-def test_two_workers_find_what_one_process_does(tmp_path: Path, monkeypatch):
-    cheese_run(tmp_path / "lora", steps=6)
-    cheese_run(tmp_path / "prompt", "{name: prompt, tokens: 6}", steps=2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def lora(folder) -> Run:
+    return cheese_run(folder / "lora", steps=6)
+
+
+def test_two_workers_find_what_one_process_does(folder, lora, monkeypatch):
+    cheese_run(folder / "prompt", "{name: prompt, tokens: 6}", steps=2)
     monkeypatch.setattr(crew, "_AT_ONCE", 4)
     killed: list[int] = []
 
@@ -37,7 +46,7 @@ def test_two_workers_find_what_one_process_does(tmp_path: Path, monkeypatch):
             os.kill(killed[0], signal.SIGKILL)
 
     settings = Evaluation(metrics=["chrf"], examples=[0, 1], decoding=Decoding(max_tokens=12))
-    with resolved([str(tmp_path / "lora"), str(tmp_path / "prompt")]) as systems:
+    with resolved([str(folder / "lora"), str(folder / "prompt")]) as systems:
         task = task_of(systems, settings=settings)
         alone = evaluate(systems, task, lambda event: None)
         spread = evaluate(systems, task, kill_a_worker, workers=partial(Crew, count=2))
@@ -49,13 +58,12 @@ def test_two_workers_find_what_one_process_does(tmp_path: Path, monkeypatch):
     assert not psutil.wait_procs(processes("ray::_Actor"), timeout=60)[1]
 
 
-def test_workers_that_get_no_place_are_not_waited_for(tmp_path: Path, monkeypatch):
+def test_workers_that_get_no_place_are_not_waited_for(folder, lora, monkeypatch):
     """The one that has a place does all; with none at all, that is told after a while."""
-    cheese_run(tmp_path / "lora", steps=1)
     monkeypatch.setattr(crew, "_AT_ONCE", 4)
     cpus = int(ray.cluster_resources()["CPU"])
     told: list[dict[str, Any]] = []
-    with resolved([str(tmp_path / "lora")]) as systems:
+    with resolved([str(folder / "lora")]) as systems:
         task = task_of(systems, settings=Evaluation())
         with held(cpus - 1):
             found = evaluate(systems, task, told.append, workers=partial(Crew, count=cpus, on_event=told.append))
@@ -70,9 +78,8 @@ def test_workers_that_get_no_place_are_not_waited_for(tmp_path: Path, monkeypatc
         Crew(BaseKey(Model(path="embedded"), False, "fp32"), [], count=cpus + 1)
 
 
-def test_what_is_wrong_with_an_adapter_is_told_as_it_is(tmp_path: Path):
-    run = cheese_run(tmp_path / "lora", steps=1)
+def test_what_is_wrong_with_an_adapter_is_told_as_it_is(folder, lora):
     key = BaseKey(Model(path="embedded"), False, "fp32")
-    other = System("x", "adapter", "x", key, tmp_path / "lora/artefact", "k", run, base_sha256="0" * 64)
+    other = System("x", "adapter", "x", key, folder / "lora/artefact", "k", lora, base_sha256="0" * 64)
     with pytest.raises(ArtefactError, match="is not the base that it was trained on"):
         Crew(key, [other], count=1)

@@ -116,14 +116,13 @@ def test_a_stop_commits_every_run_and_the_same_command_goes_on(folder, separate)
         close([event["loss"] for event in steps_of(Path(run.folder))], separate[name])
 
 
-def test_a_run_that_cannot_begin_leaves_the_others_alone(folder, capsys):
+def test_a_run_that_cannot_begin_leaves_the_others_alone(folder, separate):
     """Commits of another run are in its folder."""
-    first, other = runs_in(folder, "odd-")[:2]
-    outcomes = train_together([first, other], on_event=lambda *_: None, stop=threading.Event())
-    again = load_run(folder / "odd-ada.yaml", ["train.learning_rate=1e-4"])
+    runs_in(folder, "odd-")
+    again = load_run(folder / "alone-ada.yaml", ["train.learning_rate=1e-4"])
     fresh = load_run(folder / "odd-ben.yaml", ["name=odd-new", f"output={folder}/odd-new", "train.steps=2"])
     outcomes = train_together([again, fresh], on_event=lambda *_: None, stop=threading.Event())
-    assert "commits of a run with other settings" in str(outcomes["odd-ada"])
+    assert "commits of a run with other settings" in str(outcomes["alone-ada"])
     assert outcomes["odd-new"]["reason"] == "finished"  # type: ignore[index]
 
 

@@ -21,14 +21,21 @@ import ray
 import yaml
 from ray.util import list_named_actors, placement_group_table
 
+from ftray.cli.main import call
 from ftray.config import load_run
 from ftray.config.search import parse_search
+from ftray.data.prepare import prepare
+from ftray.data.prepared import PreparedData
 from ftray.errors import RunStopped
+from ftray.train.loop import train_worker
+from ftray.train.world import World
 from ftray.tune.driver import search
 from ftray.tune.ledger import Ledger
+from ftray.tune.samplers import sampler_of
 from ftray.tune.space import draw
 from tests.ray.curves import Abreast, Curves, loss_of
 from tests.ray.runs import processes, wait_for, write_run
+from tests.toys import Recorder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 RATES = {"train.learning_rate": {"loguniform": [1e-4, 1e-1]}}
@@ -182,9 +189,9 @@ def test_a_budget_ends_the_search_and_a_larger_one_goes_on(folder):
     assert max(made(a_search(folder, "budget")).values()) == 1
 
 
-def killed_and_begun_again(spec, results: int, worker: str, *module: str) -> str:
-    """What the command `module` prints that goes on with the search, after the first was killed at so many results;
-    nothing that belonged to it may be left."""
+def killed_and_begun_again(spec, results: int, worker: str, *module: str) -> None:
+    """The command `module` is killed at so many results; nothing that belonged to it may be left. Then the same command
+    in this process, which has a Ray already, goes on with the search."""
     file = Path(f"{spec.folder}.yaml")
     file.write_text(spec.to_yaml())
     command = [sys.executable, "-m", *module, str(file)]
@@ -194,17 +201,16 @@ def killed_and_begun_again(spec, results: int, worker: str, *module: str) -> str
         assert others
         driver.kill()
     assert not psutil.wait_procs(others, timeout=60)[1]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert call(["tune", str(file)]) == 0
 
 
-def test_the_driver_is_killed(folder):
+@pytest.mark.usefixtures("curves")
+def test_the_driver_is_killed(folder, capsys):
     spec = a_search(folder, "driver", samples=8)
-    told = killed_and_begun_again(spec, 21, "ray::Curves", "tests.ray.curves")
+    killed_and_begun_again(spec, 21, "ray::Curves", "tests.ray.curves")
     assert curves_of(spec) == [expected(spec, index) for index in range(8)]
     assert sum(n - 1 for n in made(spec).values()) <= 4, "at most what was not recorded, a step of each that ran"
-    assert "best.yaml" in told
+    assert "best.yaml" in capsys.readouterr().out
 
 
 @pytest.mark.long
@@ -254,15 +260,19 @@ def two_lanes(folder: Path, name: str):
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
-    """A search of two lanes that nothing broke off."""
-    go(spec := two_lanes(folder, "whole"))
-    return spec
+def whole(folder) -> list[list[tuple[int, float]]]:
+    """Curves of the same trials, each trained by itself in this process, which nothing broke off."""
+    spec, curves = two_lanes(folder, "whole"), []
+    for index in range(2):
+        run = spec.run_of(sampler_of(spec).propose(index, []), index)
+        train_worker(run, PreparedData.open(prepare(run, lambda _: None)), World(), channel := Recorder())
+        curves.append([(e["step"], e["loss"]) for e in channel.of("evaluation") if e["step"]])
+    return curves
 
 
 def same_curves(broken, whole) -> None:
-    for mine, theirs in zip(curves_of(broken), curves_of(whole), strict=True):
-        assert [step for step, _ in mine] == [3, 6, 9, 12]
+    for mine, theirs in zip(curves_of(broken), whole, strict=True):
+        assert [step for step, _ in mine] == [step for step, _ in theirs] == [3, 6, 9, 12]
         assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], rel=1e-4)
 
 
@@ -275,8 +285,8 @@ def test_lanes_of_one_base_and_the_driver_is_killed(folder, whole):
 
 
 def test_lanes_of_one_base_and_the_host_is_killed(folder, whole):
-    """The real thing, small: two trials on one base, whose process is killed; their curves are those of an unbroken
-    search, and an artefact is a run's."""
+    """The real thing, small: two trials on one base, whose process is killed; their curves are those of unbroken runs,
+    and an artefact is a run's."""
     killed: list[psutil.Process] = []
 
     def on_event(event):
