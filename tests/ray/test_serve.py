@@ -195,7 +195,7 @@ def test_many_streams_at_once_and_clients_that_leave(served: Served) -> None:
 
     def ask(i: int) -> None:
         body = LONG | {"model": "cheese", "prompt": "The cow", "max_tokens": 60, "stream": True}
-        with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=120) as answer:
+        with HTTP.stream("POST", f"{served.url}/v1/completions", json=body, timeout=120) as answer:
             text = ""
             for line in answer.iter_lines():
                 if i % 2 and len(text) > 10:
@@ -238,7 +238,7 @@ def test_a_killed_replica_is_told_and_replaced(served: Served) -> None:
     [victim] = served.replicas("Engine")
     events: list[str] = []
     body = LONG | {"model": "cheese", "stream": True}
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=120) as answer:
+    with HTTP.stream("POST", f"{served.url}/v1/completions", json=body, timeout=120) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: "):
                 events.append(line[6:])
@@ -322,7 +322,7 @@ def test_one_replica_dies_and_the_other_goes_on(two: Served) -> None:
     def ask(name: str) -> None:
         body = LONG | {"model": name, "stream": True, "max_tokens": 800}
         events = texts[name] = []
-        with httpx.stream("POST", f"{two.url}/v1/completions", json=body, timeout=120) as answer:
+        with HTTP.stream("POST", f"{two.url}/v1/completions", json=body, timeout=120) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     events.append(line[6:])
@@ -355,7 +355,7 @@ def test_answers_in_the_making_come_before_the_end(registry: Registry, tmp_path:
     events: list[str] = []
     with started(command, f"http://127.0.0.1:{port}", tmp_path / "log") as running:
         body = LONG | {"model": "cheese", "stream": True, "max_tokens": 600}
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=120) as answer:
+        with HTTP.stream("POST", f"{running.url}/v1/completions", json=body, timeout=120) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     events.append(line[6:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import socket
 import subprocess
 import threading
 from typing import Any
@@ -13,10 +14,22 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from serve.config import Listen
+from serve.listener import bound
 from tests.serve.conftest import Running
 
 HELLO: list[Any] = [{"role": "user", "content": "What cheese do you have?"}]
 GREEDY: dict[str, Any] = {"messages": HELLO, "temperature": 0, "max_tokens": 12}
+
+
+def test_no_connection_waits_for_an_ack() -> None:
+    """Whatever the loop: an answer's body would wait 40 ms for its head's, on every connection that is kept."""
+    with bound(Listen(port=1).model_copy(update={"port": 0})) as listener:
+        with socket.create_connection(listener.getsockname()):
+            listener.setblocking(True)
+            accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_chat_answer(open_endpoint: Running) -> None:
