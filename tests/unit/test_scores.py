@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from decimal import Decimal
 
 import numpy as np
@@ -14,7 +13,6 @@ from ftray.config import Run
 from ftray.config.evaluation import METRIC_NAMES, Decoding, Evaluation
 from ftray.errors import UserError
 from ftray.evaluate.scores import text
-from ftray.evaluate.scores.coco import longest_common
 from ftray.evaluate.scores.metric import Measured
 from ftray.evaluate.scores.mteval import tokens
 from ftray.evaluate.scores.registry import KINDS, expanded, opened
@@ -160,12 +158,3 @@ def test_keys_that_do_not_go_together():
         Decoding(no_repeat_ngram=4)
     with pytest.raises(ValueError, match="belong together"):
         Evaluation(metrics=["json_schema"])
-
-
-def test_longest_common_subsequences_are_those_of_the_official_code():
-    from pycocoevalcap.rouge.rouge import my_lcs
-
-    rng = random.Random(0)
-    for _ in range(300):
-        a, b = ([rng.choice("abcdef") for _ in range(rng.randrange(1, 90))] for _ in range(2))
-        assert longest_common(a, b) == my_lcs(a, b)

@@ -1,16 +1,13 @@
 """METEOR, ROUGE-L and CIDEr as the E2E challenge and COCO's caption evaluation compute them, with `pycocoevalcap`.
 
-ROUGE-L and CIDEr are its Python code's, to the same numbers in a small part of the time. Its Java programs (the PTB
-tokenizer, METEOR 1.5 of Denkowski and Lavie 2014) are called here directly: so one tokenizer process serves all
-references, METEOR's answers are sums that bootstrap samples can add up, and nothing is written into the package's
-folder.
+Its Python code scores ROUGE-L and CIDEr. Its Java programs (the PTB tokenizer, METEOR 1.5 of Denkowski and Lavie 2014)
+are called here directly: so one tokenizer process serves all references, METEOR's answers are sums that bootstrap
+samples can add up, and nothing is written into the package's folder.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,84 +73,26 @@ class CocoRougeL(_Coco):
     name = "coco_rouge_l"
 
     def measure(self, answers: Sequence[str]) -> Measured:
+        from pycocoevalcap.rouge.rouge import Rouge
+
+        scorer = Rouge()
         rows = zip(ptb(answers), self.tokenized, strict=True)
-        return mean_of([_rouge_l(answer.split(" "), [text.split(" ") for text in texts]) for answer, texts in rows])
-
-
-def _rouge_l(answer: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """As `pycocoevalcap.rouge` has it, whose table of all prefixes takes most of an evaluation."""
-    common = [longest_common(answer, words) for words in references]
-    precision = max(common) / len(answer)
-    recall = max(count / len(words) for count, words in zip(common, references, strict=True))
-    if not precision:
-        return 0.0
-    return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
-
-
-_BETA = 1.2
-
-
-def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Words of the longest common subsequence (Hyyrö 2004): bit i of `rest` is 0 where a's first i + 1 words have one
-    more in common with what was read of b than its first i."""
-    places = dict[str, int]()
-    for i, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << i
-    rest = whole = (1 << len(a)) - 1
-    for word in b:
-        met = rest & places.get(word, 0)
-        rest = (rest + met | rest - met) & whole
-    return len(a) - rest.bit_count()
-
-
-_Vector = tuple[dict[tuple[str, ...], float], list[float], int]
-"""n-grams' weights, the length of those of each n, and how many of two words there are."""
+        return mean_of([scorer.calc_score([answer], texts) for answer, texts in rows])
 
 
 class Cider(_Coco):
-    """n-grams weighed by how few rows' references have them (of all rows, also where a sample is scored). As
-    `pycocoevalcap.cider` has it, which weighs all references again for each system: that took most of the time."""
+    """n-grams weighed by how few rows' references have them (of all rows, also where a sample is scored)."""
 
     name = "cider"
 
-    def __init__(self, references: References) -> None:
-        super().__init__(references)
-        from pycocoevalcap.cider.cider_scorer import precook
-
-        self._count = precook
-        counted = [[precook(text) for text in texts] for texts in self.tokenized]
-        rows = Counter(gram for texts in counted for gram in set().union(*texts))
-        self._rarest = math.log(len(counted)) if counted else 0.0
-        self._weights = {gram: self._rarest - math.log(count) for gram, count in rows.items()}
-        self._vectors = [[self._vector(counts) for counts in texts] for texts in counted]
-
     def measure(self, answers: Sequence[str]) -> Measured:
-        rows = zip(ptb(answers), self._vectors, strict=True)
-        return mean_of([self._likeness(self._vector(self._count(answer)), texts) for answer, texts in rows])
+        from pycocoevalcap.cider.cider import Cider as Scorer
 
-    def _vector(self, counts: Mapping[tuple[str, ...], int]) -> _Vector:
-        weights = {gram: count * self._weights.get(gram, self._rarest) for gram, count in counts.items()}
-        squares = [0.0] * 4
-        for gram, weight in weights.items():
-            squares[len(gram) - 1] += weight**2
-        words = sum(count for gram, count in counts.items() if len(gram) == 2)
-        return weights, [math.sqrt(square) for square in squares], words
-
-    def _likeness(self, answer: _Vector, references: Sequence[_Vector]) -> float:
-        (ours, lengths, words), found = answer, 0.0
-        for theirs, other_lengths, other_words in references:
-            products = [0.0] * 4
-            for gram, weight in ours.items():
-                if other := theirs.get(gram):
-                    products[len(gram) - 1] += min(weight, other) * other
-            norms = zip(products, lengths, other_lengths, strict=True)
-            cosines = sum(product / (a * b) for product, a, b in norms if a and b)
-            found += cosines * math.exp(-((words - other_words) ** 2) / (2 * _SIGMA**2))
-        return 10 * found / 4 / len(references)
-
-
-_SIGMA = 6.0
-"""Of CIDEr's penalty for another length."""
+        keys = range(len(self.tokenized))
+        _, by_row = Scorer().compute_score(
+            {i: self.tokenized[i] for i in keys}, {i: [text] for i, text in enumerate(ptb(answers))}
+        )
+        return mean_of(by_row)
 
 
 class Meteor(_Coco):
