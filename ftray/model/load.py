@@ -32,8 +32,8 @@ def _uncompiled() -> Iterator[None]:
         os.environ.pop(name) if before is None else os.environ.__setitem__(name, before)
 
 
-# Here, before transformers or PEFT import it: it compiles what CPUs have no kernels for, and the half of torch's compiler
-# that writes code, which nothing else here needs, takes each process 1.1 s of a processor to import (measured).
+# Here, before transformers or PEFT import it: it compiles what CPUs have no kernels for, and the part of torch's
+# compiler that writes code, which nothing else here needs, takes each process 1.1 s of a processor (measured).
 # Its warning asks for a package that would fetch code from a model hub, at each import on processors with bf16.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 with _uncompiled():
