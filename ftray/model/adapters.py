@@ -75,9 +75,10 @@ def _adalora_config(run: Run, method: Any, model: nn.Module, steps: int | None) 
 
     assert steps is not None, "AdaLoRA's ranks follow the steps of the whole run"
     start, settle = round(method.start * steps), round(method.settle * steps)
-    if start >= steps - settle:
+    before = max(start, 1)  # what no step has judged yet cannot be taken away
+    if before >= steps - settle:
         raise ModelError(
-            f"of {steps} steps, {start} come before ranks are taken away and {settle} after it, which leaves none",
+            f"of {steps} steps, {before} come before ranks are taken away and {settle} after it, which leaves none",
             where="method.start and method.settle",
             hint="train more steps, or lower both shares",
         )

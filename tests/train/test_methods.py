@@ -339,9 +339,11 @@ def test_adaloras_penalty_pulls_its_factors_towards_orthogonality(tmp_path):
     assert distance(2.0) < 0.9 * distance(0.0)
 
 
-def test_adalora_needs_steps_in_which_ranks_can_change(tmp_path):
-    with pytest.raises(ModelError, match="of 1 steps"):
-        trained(run_of(tmp_path, "{name: adalora, settle: 0.9, start: 0.05}", steps=1))
+@pytest.mark.parametrize(("steps", "shares"), [(1, "settle: 0.9, start: 0.05"), (2, "settle: 0.3"), (1, "settle: 0.0")])
+def test_adalora_needs_steps_in_which_ranks_can_change(tmp_path, steps, shares):
+    """And one before them that judges the ranks."""
+    with pytest.raises(ModelError, match=f"of {steps} steps"):
+        trained(run_of(tmp_path, f"{{name: adalora, {shares}}}", steps=steps))
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
