@@ -316,32 +316,35 @@ def test_requests_go_to_the_replica_that_has_the_adapter_and_spill_over(two: Ser
 
 def test_one_replica_dies_and_the_other_goes_on(two: Served) -> None:
     wait_for(lambda: len(two.replicas("Engine")) == 2, SECONDS)
-    at_work = threading.Barrier(7)
-    texts: dict[str, list[str]] = {}
+    killed = threading.Event()
+    ends: list[str] = []
 
     def ask(name: str) -> None:
+        """One answer after the other, so that both have work until one is killed."""
         body = LONG | {"model": name, "stream": True, "max_tokens": 800}
-        events = texts[name] = []
-        with HTTP.stream("POST", f"{two.url}/v1/completions", json=body, timeout=120) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("data: "):
-                    events.append(line[6:])
-                    if len(events) == 2:
-                        at_work.wait(SECONDS)
+        while not killed.is_set():
+            with HTTP.stream("POST", f"{two.url}/v1/completions", json=body, timeout=120) as answer:
+                events = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
+            ends.extend(events[-1:])  # none where it was refused before it began
+
+    def both_at_work() -> bool:
+        found = two.stats(2)
+        return found is not None and all(one["running"] for one in found)
 
     threads = [threading.Thread(target=ask, args=(name,)) for name in "cdefgh"]  # more than one replica has slots
     for thread in threads:
         thread.start()
-    at_work.wait(SECONDS)
-    two.replicas("Engine")[0].kill()
-    for thread in threads:
-        thread.join(120)
-    ends = [events[-1] for events in texts.values()]
-    done = [end for end in ends if end == "[DONE]"]
+    try:
+        assert wait_for(both_at_work, SECONDS)
+        killed.set()
+        two.replicas("Engine")[0].kill()
+    finally:
+        killed.set()
+        for thread in threads:
+            thread.join(120)
     lost = [end for end in ends if end != "[DONE]"]
     assert all(json.loads(end)["error"]["code"] == "replica_lost" for end in lost)
-    assert done
-    assert lost
+    assert 0 < len(lost) < len(ends)
     assert wait_for(lambda: two.stats(2), SECONDS)
 
 
