@@ -65,8 +65,8 @@ def bound(listen: Listen) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a predecessor's connections may linger
         if listen.shared:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections inherit it, and this,
-        # which uvloop sets by itself and asyncio only where proto is told: else a body waits 40 ms for its head's ACK
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections inherit both
+        # asyncio sets this only where a socket was made with its proto: a body would wait 40 ms for its head's ACK
         found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         found.bind((listen.host, listen.port))
         found.listen(2048)

@@ -34,7 +34,7 @@ def _uncompiled() -> Iterator[None]:
 
 # Here, before transformers or PEFT import it: it compiles what CPUs have no kernels for, and the part of torch's
 # compiler that writes code, which nothing else here needs, takes each process 1.1 s of a processor (measured).
-# Its warning asks for a package that would fetch code from a model hub, at each import on processors with bf16.
+# On processors with bf16 it warns that a package is missing, which would fetch code from a model hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 with _uncompiled():
     import bitsandbytes  # noqa: F401

@@ -8,12 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import yaml
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from ftray.config import Run
+    from ftray.data.prepared import PreparedData
+    from tests.toys import Recorder
 
 WORDS = ["river", "stone", "lantern", "copper", "window", "garden", "winter", "story", "basket", "silver", "meadow"]
 
@@ -64,6 +69,18 @@ def write_run(folder: Path, name: str, **changes: Any) -> Path:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(run))
     return file
+
+
+def train_alone(run: Run) -> tuple[PreparedData, Recorder, dict[str, Any]]:
+    """(its rows, what was told, the summary) of a run that one worker trains in this process, without Ray Train."""
+    from ftray.data.prepare import prepare
+    from ftray.data.prepared import PreparedData
+    from ftray.train.loop import train_worker
+    from ftray.train.world import World
+    from tests.toys import Recorder
+
+    data, channel = PreparedData.open(prepare(run, lambda _: None)), Recorder()
+    return data, channel, train_worker(run, data, World(), channel)
 
 
 def train_in_turn(config: dict[str, Any]) -> None:

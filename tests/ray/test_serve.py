@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,31 +318,28 @@ def test_requests_go_to_the_replica_that_has_the_adapter_and_spill_over(two: Ser
 def test_one_replica_dies_and_the_other_goes_on(two: Served) -> None:
     wait_for(lambda: len(two.replicas("Engine")) == 2, SECONDS)
     killed = threading.Event()
-    ends: list[str] = []
 
-    def ask(name: str) -> None:
-        """One answer after the other, so that both have work until one is killed."""
-        body = LONG | {"model": name, "stream": True, "max_tokens": 800}
+    def ask(name: str) -> list[str]:
+        """How its answers end: one after the other, so that both have work until one is killed."""
+        body, ends = LONG | {"model": name, "stream": True, "max_tokens": 800}, []
         while not killed.is_set():
             with HTTP.stream("POST", f"{two.url}/v1/completions", json=body, timeout=120) as answer:
-                events = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
-            ends.extend(events[-1:])  # none where it was refused before it began
+                *_, end = (line for line in answer.iter_lines() if line)
+            ends.append(end.removeprefix("data: "))  # no event where it was refused before it began
+        return ends
 
     def both_at_work() -> bool:
         found = two.stats(2)
         return found is not None and all(one["running"] for one in found)
 
-    threads = [threading.Thread(target=ask, args=(name,)) for name in "cdefgh"]  # more than one replica has slots
-    for thread in threads:
-        thread.start()
-    try:
-        assert wait_for(both_at_work, SECONDS)
-        killed.set()
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, name) for name in "cdefgh"]  # more than one replica has slots
+        try:
+            assert wait_for(both_at_work, SECONDS)
+        finally:
+            killed.set()
         two.replicas("Engine")[0].kill()
-    finally:
-        killed.set()
-        for thread in threads:
-            thread.join(120)
+    ends = [end for one in asked for end in one.result()]
     lost = [end for end in ends if end != "[DONE]"]
     assert all(json.loads(end)["error"]["code"] == "replica_lost" for end in lost)
     assert 0 < len(lost) < len(ends)

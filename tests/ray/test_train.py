@@ -9,27 +9,15 @@ import pytest
 import torch
 
 from ftray.config import load_run
-from ftray.data.prepare import prepare
-from ftray.data.prepared import PreparedData
 from ftray.errors import ArtefactError, ConfigError, DataError, RunError, RunStopped
 from ftray.train.launch import train
-from ftray.train.loop import train_worker
-from ftray.train.world import World
-from tests.ray.runs import steps_of, tensors, write_run
-from tests.toys import Recorder
+from tests.ray.runs import steps_of, tensors, train_alone, write_run
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def fit(file, on_event=lambda _event: None, stop=None, released=None):
     return train(load_run(file), on_event=on_event, stop=stop or threading.Event(), released=released)
-
-
-def alone(file):
-    """(the run, its rows, its summary): the loop of one worker, in this process."""
-    run = load_run(file)
-    data = PreparedData.open(prepare(run, lambda _: None))
-    return run, data, train_worker(run, data, World(), Recorder())
 
 
 def losses(folder):
@@ -44,7 +32,7 @@ def assert_close(mine, theirs, relative):
 def test_two_workers_equal_one_and_a_run_may_change_hands(tmp_path):
     """Two workers → one → two: the same rows, the same losses as with one throughout."""
     slow = {"train__steps": 36, "train__micro_batch_rows": 1, "train__learning_rate": 5e-4, "train__evaluate_every": 12}
-    alone(write_run(tmp_path, "one", workers__count=1, **slow))
+    train_alone(load_run(write_run(tmp_path, "one", workers__count=1, **slow)))
 
     # a stop that has not come by then is waited for after the next evaluation
     for until, passes, count in ((5, 0, 2), (14, 12, 1), (None, None, 2)):
@@ -75,7 +63,8 @@ def test_peft_alone_loads_the_artefact_and_gives_our_evaluation(tmp_path, method
     from ftray.data.tokenizer import local_model_folder
 
     changes = {"method__name": method, "train__precision": precision, "train__steps": 20, "workers__count": 1}
-    run, data, summary = alone(write_run(tmp_path, "run", **changes))
+    run = load_run(write_run(tmp_path, "run", **changes))
+    data, _, summary = train_alone(run)
     assert summary["final_loss"] < summary["base_loss"]
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -24,18 +24,13 @@ from ray.util import list_named_actors, placement_group_table
 from ftray.cli.main import call
 from ftray.config import load_run
 from ftray.config.search import parse_search
-from ftray.data.prepare import prepare
-from ftray.data.prepared import PreparedData
 from ftray.errors import RunStopped
-from ftray.train.loop import train_worker
-from ftray.train.world import World
 from ftray.tune.driver import search
 from ftray.tune.ledger import Ledger
 from ftray.tune.samplers import sampler_of
 from ftray.tune.space import draw
 from tests.ray.curves import Abreast, Curves, loss_of
-from tests.ray.runs import processes, wait_for, write_run
-from tests.toys import Recorder
+from tests.ray.runs import processes, train_alone, wait_for, write_run
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 RATES = {"train.learning_rate": {"loguniform": [1e-4, 1e-1]}}
@@ -265,7 +260,7 @@ def whole(folder) -> list[list[tuple[int, float]]]:
     spec, curves = two_lanes(folder, "whole"), []
     for index in range(2):
         run = spec.run_of(sampler_of(spec).propose(index, []), index)
-        train_worker(run, PreparedData.open(prepare(run, lambda _: None)), World(), channel := Recorder())
+        _, channel, _ = train_alone(run)
         curves.append([(e["step"], e["loss"]) for e in channel.of("evaluation") if e["step"]])
     return curves
 
